@@ -1,0 +1,98 @@
+// Python's door to the compiled core. Arrays arrive as addresses: cryosplat/ops.py
+// has checked shapes, types, devices and contiguity, and owns the memory.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "splat.h"
+
+namespace py = pybind11;
+using namespace cryosplat;
+
+namespace {
+
+typedef std::uintptr_t Address;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class Scalar>
+SplatInputs<Scalar> mixtures(Address means, Address covariances, Address amplitudes) {
+  return {pointer<const Scalar>(means), pointer<const Scalar>(covariances), pointer<const Scalar>(amplitudes),
+          nullptr, nullptr, nullptr};
+}
+
+template <class Scalar>
+SplatInputs<Scalar> inputs(Address means, Address covariances, Address amplitudes, Address rotations, Address shifts,
+                           Address model) {
+  SplatInputs<Scalar> in = mixtures<Scalar>(means, covariances, amplitudes);
+  in.rotations = pointer<const Scalar>(rotations);
+  in.shifts = pointer<const Scalar>(shifts);
+  in.model = pointer<const std::int64_t>(model);
+  return in;
+}
+
+template <class Scalar>
+void bind(py::module_& module) {
+  using namespace pybind11::literals;
+  typedef py::call_guard<py::gil_scoped_release> NoGil;
+  module.def(
+      "splat_forward",
+      [](std::int64_t models, std::int64_t gaussians, std::int64_t views, std::int64_t box, Address means,
+         Address covariances, Address amplitudes, Address rotations, Address shifts, Address model, double cutoff,
+         Address images, int threads) {
+        cpu::splat_forward<Scalar>({models, gaussians, views, box},
+                                   inputs<Scalar>(means, covariances, amplitudes, rotations, shifts, model), cutoff,
+                                   pointer<Scalar>(images), threads);
+      },
+      NoGil());
+  module.def(
+      "splat_backward",
+      [](std::int64_t models, std::int64_t gaussians, std::int64_t views, std::int64_t box, Address means,
+         Address covariances, Address amplitudes, Address rotations, Address shifts, Address model, double cutoff,
+         Address grad_images, Address grad_means, Address grad_covariances, Address grad_amplitudes,
+         Address grad_rotations, Address grad_shifts, int threads) {
+        cpu::splat_backward<Scalar>({models, gaussians, views, box},
+                                    inputs<Scalar>(means, covariances, amplitudes, rotations, shifts, model), cutoff,
+                                    pointer<const Scalar>(grad_images),
+                                    {pointer<Scalar>(grad_means), pointer<Scalar>(grad_covariances),
+                                     pointer<Scalar>(grad_amplitudes), pointer<Scalar>(grad_rotations),
+                                     pointer<Scalar>(grad_shifts)},
+                                    threads);
+      },
+      NoGil());
+  module.def(
+      "voxelise_forward",
+      [](std::int64_t models, std::int64_t gaussians, std::int64_t box, Address means, Address covariances,
+         Address amplitudes, double cutoff, Address volumes, int threads) {
+        cpu::voxelise_forward<Scalar>({models, gaussians, 0, box}, mixtures<Scalar>(means, covariances, amplitudes),
+                                      cutoff, pointer<Scalar>(volumes), threads);
+      },
+      NoGil());
+  module.def(
+      "voxelise_backward",
+      [](std::int64_t models, std::int64_t gaussians, std::int64_t box, Address means, Address covariances,
+         Address amplitudes, double cutoff, Address grad_volumes, Address grad_means, Address grad_covariances,
+         Address grad_amplitudes, int threads) {
+        cpu::voxelise_backward<Scalar>(
+            {models, gaussians, 0, box}, mixtures<Scalar>(means, covariances, amplitudes), cutoff,
+            pointer<const Scalar>(grad_volumes),
+            {pointer<Scalar>(grad_means), pointer<Scalar>(grad_covariances), pointer<Scalar>(grad_amplitudes), nullptr,
+             nullptr},
+            threads);
+      },
+      NoGil());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The compiled core of cryosplat; call it through cryosplat.ops.";
+  module.def("instruction_set", &cpu::instruction_set, "avx512, avx2 or baseline: what the kernels use here");
+  py::module_ single = module.def_submodule("float32", "kernels in single precision");
+  py::module_ doubled = module.def_submodule("float64", "kernels in double precision");
+  bind<float>(single);
+  bind<double>(doubled);
+}

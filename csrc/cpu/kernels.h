@@ -1,0 +1,35 @@
+// What one instruction set's copy of the kernels offers to the dispatcher.
+#pragma once
+
+#include "../splat.h"
+
+namespace cryosplat {
+namespace cpu {
+
+template <class Scalar>
+struct Kernels {
+  void (*splat_forward)(const SplatShape&, const SplatInputs<Scalar>&, double, Scalar*, int);
+  void (*splat_backward)(const SplatShape&, const SplatInputs<Scalar>&, double, const Scalar*,
+                         const SplatGradients<Scalar>&, int);
+  void (*voxelise_forward)(const SplatShape&, const SplatInputs<Scalar>&, double, Scalar*, int);
+  void (*voxelise_backward)(const SplatShape&, const SplatInputs<Scalar>&, double, const Scalar*,
+                            const SplatGradients<Scalar>&, int);
+};
+
+struct KernelTable {
+  Kernels<float> single_precision;
+  Kernels<double> double_precision;
+};
+
+}  // namespace cpu
+
+namespace baseline {
+cpu::KernelTable kernel_table();
+}
+namespace avx2 {
+cpu::KernelTable kernel_table();
+}
+namespace avx512 {
+cpu::KernelTable kernel_table();
+}
+}  // namespace cryosplat
