@@ -2,15 +2,21 @@
 
 import dataclasses
 import difflib
+import math
 import os
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cryosplat.errors import InputError
+from cryosplat.files import atomic_path
 
 
 @dataclass
@@ -37,8 +43,8 @@ class DataConfig:
 class ModelConfig:
     """The Gaussian mixture and its random start (lengths in fractions of the box)."""
 
-    gaussians: int = 2048
-    amplitudes: str = "signed"  # signed, or positive (the paper's softplus)
+    gaussians: int = 8192
+    amplitudes: str = "positive"  # positive (the paper's softplus), or signed
     spread: float = 0.075  # standard deviation of the initial positions
     scale: float = 0.0075  # initial standard deviation of a Gaussian
     scale_min: float = 0.004
@@ -50,7 +56,7 @@ class ModelConfig:
 class TrainConfig:
     epochs: int = 5
     batch: int = 32  # images a step, over all ranks
-    lr: float = 3e-3  # one rate for all parameters
+    lr: float = 1e-2  # one rate for all parameters
     schedule: str = "cosine"  # cosine, exponential or constant
     lr_final: float = 0.01  # cosine: last rate as a fraction of the first
     lr_gamma: float = 0.1  # exponential: factor an epoch
@@ -81,7 +87,11 @@ class DistributedConfig:
 
 @dataclass
 class Config:
-    """Everything a run depends on. Paths that are not absolute are relative to ``data_root``."""
+    """Everything a run depends on.
+
+    Inputs whose paths are not absolute are relative to ``data_root``; ``data_root`` and ``run_dir`` themselves to the
+    current folder.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -89,6 +99,225 @@ class Config:
     maps: MapsConfig = field(default_factory=MapsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    data_root: str = "."
-    run_dir: str = "runs/run"
+    data_root: str = "."  # folder that the paths under data start from
+    run_dir: str = "runs/run"  # everything the run writes
     resume: str = "auto"  # auto: go on where the run directory stands; never: refuse a used one
+
+
+CHOICES = {
+    "data.precision": ("half", "single"),
+    "model.amplitudes": ("signed", "positive"),
+    "train.schedule": ("cosine", "exponential", "constant"),
+    "train.device": ("auto", "cpu", "cuda"),
+    "distributed.backend": ("auto", "gloo", "nccl"),
+    "resume": ("auto", "never"),
+}
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data.first": (lambda value: value >= 1, "at least 1 particle"),
+    "data.box": (lambda value: value >= 8 and value % 2 == 0, "an even number of pixels, at least 8"),
+    "data.pixel_size": (lambda value: value > 0, "more than 0 A/px"),
+    "model.gaussians": (lambda value: value >= 1, "at least 1"),
+    "model.spread": (lambda value: 0 < value <= 0.5, "a fraction of the box above 0 and at most 0.5"),
+    "model.scale_min": (lambda value: value > 0, "a fraction of the box above 0"),
+    "model.scale_max": (lambda value: value <= 0.5, "a fraction of the box, at most 0.5"),
+    "model.cutoff": (lambda value: 2 <= value <= 8, "2 to 8 standard deviations"),
+    "train.epochs": (lambda value: value >= 1, "at least 1"),
+    "train.batch": (lambda value: value >= 1, "at least 1 image"),
+    "train.lr": (lambda value: value > 0, "more than 0"),
+    "train.lr_final": (lambda value: 0 <= value <= 1, "a fraction of train.lr, 0 to 1"),
+    "train.lr_gamma": (lambda value: 0 < value <= 1, "a factor above 0 and at most 1"),
+    "train.seed": (lambda value: 0 <= value < 2**32, "0 to 4294967295"),
+    "train.threads": (lambda value: value >= 1, "at least 1"),
+    "train.log_every": (lambda value: value >= 1, "at least 1 step"),
+    "maps.every": (lambda value: value >= 1, "at least 1 epoch"),
+    "checkpoint.every_minutes": (lambda value: value > 0, "more than 0 minutes"),
+    "checkpoint.keep": (lambda value: value >= 1, "at least 1"),
+    "distributed.timeout_minutes": (lambda value: value > 0, "more than 0 minutes"),
+}
+"""Key: (whether a value is allowed, in words). A setting that is null is not checked."""
+
+INPUTS = ("particles", "poses", "ctf", "datadir", "indices", "halves", "truth", "mask")
+"""The settings under ``data`` that are paths."""
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, changed by a YAML file and then by ``key=value`` words, checked by ``validate``.
+
+    Args:
+        path: YAML file of differences, a bare name of one in ``configs/`` (see ``find_config``), or None.
+        overrides: such as ``train.lr=1e-3``; ``data.mask=null`` takes a value away.
+
+    Raises:
+        InputError: unreadable YAML, an unknown key, a value of the wrong type or out of range.
+
+    >>> load_config(None, ["train.lr=1e-3"]).train.lr
+    0.001
+    """
+    settings = OmegaConf.structured(Config)
+    if path is not None:
+        file = find_config(path)
+        for key, value in _flatten(_read_yaml(file)).items():
+            _set(settings, key, value, str(file))
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise InputError(f"{word!r} on the command line: expected key=value, for example train.lr=1e-3")
+        optional_text = text == "" and _types().get(key) == str | None
+        _set(settings, key, None if text == "null" or optional_text else text, "the command line")
+    try:
+        config = OmegaConf.to_object(settings)
+    except OmegaConfBaseException as error:
+        raise InputError(f"configuration: {str(error).splitlines()[0]} (key {error.full_key})") from error
+    validate(config)
+    return config
+
+
+def find_config(name: str | os.PathLike) -> Path:
+    """The file that ``name`` means: a path, or a bare name (``demo``, ``10049.yaml``) in this folder or in configs/.
+
+    Raises:
+        InputError: there is none, with the nearest name.
+    """
+    name = Path(name).expanduser()
+    bare = name.parent == Path(".")
+    folders = [Path("."), Path("configs"), CONFIGS] if bare and not name.is_absolute() else [Path(".")]
+    for folder in folders:
+        for candidate in (folder / name, folder / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    looked = " or ".join(str(folder.resolve()) for folder in folders)
+    hint = f"; configs/ has {', '.join(known)}" if bare and known else ""
+    raise InputError(f"no configuration file {name} in {looked}{hint}")
+
+
+def validate(config: Config) -> None:
+    """Check every value against its range or list, all at once.
+
+    Raises:
+        InputError: names each key that is out of range, what is allowed and what it is.
+    """
+    values = _flatten(dataclasses.asdict(config))
+    problems = []
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{key} = {value}: expected a finite number")
+        elif value is not None and key in RANGES and not RANGES[key][0](value):
+            problems.append(f"{key} = {value}: expected {RANGES[key][1]}")
+        elif key in CHOICES and value not in CHOICES[key]:
+            problems.append(f"{key} = {value!r}: expected {' or '.join(CHOICES[key])}")
+    model = config.model
+    if not problems and not model.scale_min < model.scale <= model.scale_max:
+        problems.append(
+            f"model.scale = {model.scale}: expected more than model.scale_min ({model.scale_min}) "
+            f"and at most model.scale_max ({model.scale_max})"
+        )
+    if config.train.device == "cpu" and config.distributed.backend == "nccl":
+        problems.append("distributed.backend = 'nccl' needs train.device = 'cuda'; on CPUs it is 'gloo' (or 'auto')")
+    if not config.run_dir.strip():
+        problems.append("run_dir is empty: expected the folder that the run writes to")
+    if problems:
+        raise InputError("configuration: " + "\n  ".join(problems))
+
+
+def check_files(config: Config) -> None:
+    """Check that every input is named that must be, and exists.
+
+    Raises:
+        InputError: names the key and the path it resolves to.
+    """
+    for name in ("particles", "poses"):
+        if not getattr(config.data, name):
+            raise InputError(f"data.{name} is not set: name the file, for example data.{name}=PATH")
+    for name in INPUTS:
+        value = getattr(config.data, name)
+        if not value:
+            continue
+        path = resolve_path(config, value)
+        if name == "datadir" and not path.is_dir():
+            raise InputError(f"data.{name}: there is no folder {path} (data_root is {config.data_root})")
+        if name != "datadir" and not path.is_file():
+            raise InputError(f"data.{name}: there is no file {path} (data_root is {config.data_root})")
+
+
+def resolve_path(config: Config, path: str | os.PathLike) -> Path:
+    """An input's path: as it is if absolute, else under ``data_root``."""
+    return Path(config.data_root).expanduser() / Path(path).expanduser()
+
+
+def save_config(config: Config, path: str | os.PathLike) -> None:
+    """Write every setting, defaults included, as YAML that ``load_config`` reads back to an equal configuration."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def config_differences(old: Config, new: Config) -> list[str]:
+    """One line a key whose value differs, such as ``train.lr: 0.001 -> 0.003``; empty if equal."""
+    before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]]
+
+
+def _types() -> dict[str, Any]:
+    """Full key -> type of every setting; a section -> its dataclass."""
+    found: dict[str, Any] = {}
+
+    def walk(section: type, prefix: str) -> None:
+        for name, hint in typing.get_type_hints(section).items():
+            found[prefix + name] = hint
+            if dataclasses.is_dataclass(hint):
+                walk(hint, f"{prefix}{name}.")
+
+    walk(Config, "")
+    return found
+
+
+def _read_yaml(file: Path) -> dict:
+    try:
+        loaded = OmegaConf.load(file)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{file}: not readable as YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{file}: expected lines of 'key: value', found a list")
+    return OmegaConf.to_container(loaded, resolve=False)
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by full key; what is inside a key that is no section stays as it is."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        section = dataclasses.is_dataclass(_types().get(key))
+        flat.update(_flatten(value, f"{key}.") if isinstance(value, dict) and section else {key: value})
+    return flat
+
+
+def _set(settings: DictConfig, key: str, value: Any, source: str) -> None:
+    """Put one value in, or raise InputError naming where it came from."""
+    known = _types()
+    if key not in known:
+        settable = [name for name, hint in known.items() if not dataclasses.is_dataclass(hint)]
+        raise InputError(f"{source}: there is no setting {key!r}; {_nearest(key, settable)}")
+    if dataclasses.is_dataclass(known[key]):
+        inside = ", ".join(item.name for item in dataclasses.fields(known[key]))
+        raise InputError(f"{source}: {key} = {value!r}: {key} is a section, with the settings {inside}")
+    try:
+        OmegaConf.update(settings, key, value)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{source}: {key}: expected {_in_words(known[key])}, got {value!r}") from error
+
+
+def _in_words(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_in_words(part) for part in typing.get_args(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[hint]
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """'did you mean X?', by the whole key, else by its last part; else all the keys."""
+    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    close += [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.7)]
+    return f"did you mean {close[0]}?" if close else f"the settings are {', '.join(known)}"

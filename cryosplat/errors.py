@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that mean: the user can mend this."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message names the file or key, what was expected, what came, and the
     fix. Commands print it alone, without a traceback, and exit with code 2.
     """
+
+
+class PeerError(InputError):
+    """Another rank found what its message says, and reports it; this rank stops without a word."""

@@ -13,10 +13,9 @@ constexpr int rows_per_restart = 16;
 
 // The recurrence starts at a footprint's first row, where a thin tilted Gaussian
 // may be as small as exp(-steepest_exponent) of its peak in some columns. Beyond
-// 60 the product with the peak would come close to float's smallest normal
-// number, 1e-38, and what has underflowed cannot grow back: then every row takes
-// its exponential directly.
-constexpr double steepest_exponent = 60.0;
+// 80 that comes close to float's smallest normal number, exp(-87), and what has
+// underflowed cannot grow back: then every row takes its exponential directly.
+constexpr double steepest_exponent = 80.0;
 
 // Pixels x0..x1, y0..y1 (inclusive, inside the image); empty if x1 < x0 or y1 < y0.
 template <class Scalar>
@@ -26,15 +25,15 @@ struct Footprint {
   // q = dx^2 / C_xx + p_yy (dy + slope dx)^2, slope = -C_xy / C_xx: a sum of squares, so that
   // thin tilted Gaussians lose no digits to cancellation.
   Scalar inverse_xx, slope, p_yy;
-  Scalar peak;
+  Scalar peak;  // the visitors' business: the walk is of unit height
   bool steep;
 };
 
-// Largest exponent over the cut-off's rectangle is cutoff^2 / (2 (1 - |rho|)).
+// The exponent q/2 is largest at two corners of the cut-off's rectangle, cutoff^2 / (1 - |rho|).
 template <class T>
 inline auto is_steep(T cxx, T cxy, T cyy, double cutoff) {
   const T rho = larger(cxy, -cxy) / square_root(cxx * cyy);
-  return (1.0 - rho) * (2.0 * steepest_exponent) < T{} + cutoff * cutoff;
+  return (1.0 - rho) * steepest_exponent < T{} + cutoff * cutoff;
 }
 
 // Calls visit.row(y, x, dy, g) for rows row_begin..row_end-1 of the footprint, a
@@ -42,7 +41,7 @@ inline auto is_steep(T cxx, T cxy, T cyy, double cutoff) {
 // visit.columns(dx) precedes and visit.done() follows the rows of each vector.
 // `stride` >= lanes is the length of a row in memory: no vector reaches beyond it.
 //
-// With e = dy + slope dx, q = dx^2 / C_xx + p_yy e^2 and g = peak exp(-q/2):
+// With e = dy + slope dx, q = dx^2 / C_xx + p_yy e^2 and g = exp(-q/2):
 //   g(y+1) = g(y) r(y),   r(y) = exp(-p_yy (e + 1/2)),   r(y+1) = r(y) exp(-p_yy)
 template <class Scalar, class Visitor>
 inline __attribute__((always_inline)) void walk(const Footprint<Scalar>& f, int stride, int row_begin, int row_end,
@@ -57,7 +56,7 @@ inline __attribute__((always_inline)) void walk(const Footprint<Scalar>& f, int 
     const auto inside = (offset >= static_cast<Scalar>(first - f.x0)) & (offset <= static_cast<Scalar>(f.x1 - f.x0));
     // Lanes outside follow the nearest column, so that nothing overflows in them.
     const V dx = larger(smaller(offset - f.mean_x, zero + last_dx), zero - f.mean_x);
-    const V peak = inside ? zero + f.peak : zero;
+    const V one = inside ? zero + Scalar(1) : zero;
     const V tilt = dx * f.slope, q_x = dx * dx * f.inverse_xx;
     visit.columns(dx);
     for (int start = f.y0; start <= f.y1; start += rows_per_restart) {
@@ -71,12 +70,12 @@ inline __attribute__((always_inline)) void walk(const Footprint<Scalar>& f, int 
         for (; y < end; ++y, dy += 1) {
           if (y < row_begin) continue;
           const V e = tilt + dy;
-          visit.row(y, x, dy, peak * exponential<Scalar>((q_x + e * e * f.p_yy) * Scalar(-0.5)));
+          visit.row(y, x, dy, one * exponential<Scalar>((q_x + e * e * f.p_yy) * Scalar(-0.5)));
         }
         continue;
       }
       const V e = tilt + dy;
-      V g = peak * exponential<Scalar>((q_x + e * e * f.p_yy) * Scalar(-0.5));
+      V g = one * exponential<Scalar>((q_x + e * e * f.p_yy) * Scalar(-0.5));
       V r = exponential<Scalar>((e + Scalar(0.5)) * -f.p_yy);
       for (; y < row_begin; ++y, dy += 1) {
         g *= r;
@@ -97,11 +96,12 @@ template <class Scalar>
 struct Adder {
   Scalar* image;
   std::int64_t stride;
+  Scalar peak;
 
   void columns(Vector<Scalar>) {}
   void row(int y, int x, Scalar, Vector<Scalar> g) {
     Scalar* at = image + y * stride + x;
-    store(at, load<Vector<Scalar>>(at) + g);
+    store(at, load<Vector<Scalar>>(at) + g * peak);
   }
   void done() {}
 };
@@ -113,7 +113,7 @@ struct MomentSummer {
   typedef Vector<Scalar> V;
   const Scalar* residual;
   std::int64_t stride;
-  Moments2<Scalar> total{};
+  Moments2<Scalar> total{};  // still to be multiplied by the peak
   V dx{}, w_one{}, w_y{}, w_yy{};
 
   void columns(V dx_of_lanes) {

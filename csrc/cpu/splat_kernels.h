@@ -90,15 +90,14 @@ void draw_band(const Mixtures& mixtures, const SplatShape& shape, const SplatInp
   const std::int64_t model = in.model[v];
   std::memset(image + row_begin * stride, 0, (row_end - row_begin) * stride * sizeof(Scalar));
   bool proper = true;
-  Adder<Scalar> adder{image, stride};
   for (std::int64_t first = 0; first < mixtures.gaussians(); first += packet) {
     ProjectedPacket<Scalar> p(mixtures, model, first, view, shape.box, cutoff);
     proper &= p.proper;
     const Packet amplitude = mixtures.amplitude(model, first);
     for (int k = 0; k < packet; ++k) {
-      Footprint<Scalar>& f = p.footprint[k];
+      const Footprint<Scalar>& f = p.footprint[k];
       if (f.x1 < f.x0 || f.y1 < row_begin || f.y0 >= row_end) continue;
-      f.peak *= static_cast<Scalar>(amplitude[k]);
+      Adder<Scalar> adder{image, stride, static_cast<Scalar>(amplitude[k] * f.peak)};
       walk(f, static_cast<int>(stride), row_begin, row_end, adder);
     }
   }
@@ -145,6 +144,7 @@ void gather_packet(const Mixtures& mixtures, std::int64_t model, std::int64_t fi
                    BlockSums& sums, PoseSums* pose) {
   ProjectedPacket<Scalar> p(mixtures, model, first, view, box, cutoff);
   Moments2<Packet> m{};
+  Packet peak{};
   for (int k = 0; k < packet; ++k) {
     const Footprint<Scalar>& f = p.footprint[k];
     if (f.x1 < f.x0 || f.y1 < f.y0) continue;
@@ -152,7 +152,9 @@ void gather_packet(const Mixtures& mixtures, std::int64_t model, std::int64_t fi
     walk(f, static_cast<int>(stride), 0, static_cast<int>(box), summer);
     const Moments2<Scalar>& t = summer.total;
     m.one[k] = t.one, m.x[k] = t.x, m.y[k] = t.y, m.xx[k] = t.xx, m.xy[k] = t.xy, m.yy[k] = t.yy;
+    peak[k] = f.peak;
   }
+  m = {m.one * peak, m.x * peak, m.y * peak, m.xx * peak, m.xy * peak, m.yy * peak};
   const Packet amplitude = mixtures.amplitude(model, first);
   // Padding has finite parameters and zero moments, so its gradients are zero.
   m = {m.one + p.poison, m.x + p.poison, m.y + p.poison, m.xx + p.poison, m.xy + p.poison, m.yy + p.poison};

@@ -107,8 +107,7 @@ void draw_slab(const Mixtures& mixtures, std::int64_t model, std::int64_t box, d
       const int begin = s.z0 > z_begin ? s.z0 : z_begin, end = s.z1 + 1 < z_end ? s.z1 + 1 : z_end;
       for (int z = begin; z < end; ++z) {
         if (!cut(s, z, box, f)) continue;
-        f.peak *= static_cast<Scalar>(s.amplitude);
-        Adder<Scalar> adder{volume + z * plane, stride};
+        Adder<Scalar> adder{volume + z * plane, stride, static_cast<Scalar>(s.amplitude * f.peak)};
         walk(f, static_cast<int>(stride), 0, static_cast<int>(box), adder);
       }
     }
@@ -146,12 +145,12 @@ Moments3<double> solid_moments(const Solid& s, const Scalar* residual, std::int6
     MomentSummer<Scalar> summer{residual + z * box * stride, stride};
     walk(f, static_cast<int>(stride), 0, static_cast<int>(box), summer);
     const Moments2<Scalar>& t = summer.total;
-    const double dz = z - s.mean_z;
-    m.planar = {m.planar.one + t.one, m.planar.x + t.x,   m.planar.y + t.y,
-                m.planar.xx + t.xx,   m.planar.xy + t.xy, m.planar.yy + t.yy};
-    m.z += dz * t.one;
-    m.zz += dz * dz * t.one;
-    m.planar_z = {m.planar_z.x + dz * t.x, m.planar_z.y + dz * t.y};
+    const double dz = z - s.mean_z, peak = f.peak;
+    m.planar = {m.planar.one + peak * t.one, m.planar.x + peak * t.x,   m.planar.y + peak * t.y,
+                m.planar.xx + peak * t.xx,   m.planar.xy + peak * t.xy, m.planar.yy + peak * t.yy};
+    m.z += dz * peak * t.one;
+    m.zz += dz * dz * peak * t.one;
+    m.planar_z = {m.planar_z.x + dz * peak * t.x, m.planar_z.y + dz * peak * t.y};
   }
   return m;
 }

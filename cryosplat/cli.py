@@ -1,0 +1,140 @@
+"""The ``cryosplat`` command."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from cryosplat import __version__
+from cryosplat.errors import InputError, PeerError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="cryosplat",
+        description="Cryo-EM homogeneous reconstruction by Gaussian splatting: particle images with known poses and CTF "
+        "in, a map, two half maps and their resolution out.",
+        epilog="'cryosplat COMMAND --help' says more.",
+    )
+    parser.add_argument("--version", action="version", version=f"cryosplat {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, add in _COMMANDS.items():
+        add(commands, name)
+    args = parser.parse_args(argv)
+    return run_command(args.run, args)
+
+
+def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run with logging set up; what the user can mend is printed as one line, without a traceback."""
+    _set_up_logging()
+    try:
+        run(args)
+    except PeerError:
+        return USER_ERROR
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _set_up_logging() -> None:
+    """Messages of cryosplat go to standard error: all of rank 0's, warnings of the others'."""
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    package = logging.getLogger("cryosplat")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if first else logging.WARNING)
+    package.propagate = False
+
+
+# Each command imports its module only when asked for: "cryosplat --help" must not wait for PyTorch.
+
+
+def _train(commands, name: str) -> None:
+    parser = commands.add_parser(
+        name,
+        help="reconstruct a particle stack",
+        description="Reconstruct a particle stack. Alone, or under torchrun: "
+        "torchrun --nproc-per-node 4 -m cryosplat.train --config my.yaml",
+    )
+    parser.add_argument("--config", metavar="YAML", help="differences from the defaults; a bare name is looked up in configs/")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="single settings, such as train.epochs=3")
+
+    def run(args):
+        from cryosplat import train
+
+        train.run(args)
+
+    parser.set_defaults(run=run)
+
+
+def _simulate(commands, name: str) -> None:
+    from cryosplat import simulate
+
+    parser = commands.add_parser(
+        name,
+        help="make a particle stack with known truth",
+        description="Make a particle stack with known truth from a protein phantom, an atomic model or a map.",
+    )
+    simulate.add_arguments(parser)
+    parser.set_defaults(run=simulate.run)
+
+
+def _fsc(commands, name: str) -> None:
+    from cryosplat import fsc
+
+    parser = commands.add_parser(name, help="Fourier shell correlation of two maps", description=fsc.__doc__)
+    fsc.add_arguments(parser)
+    parser.set_defaults(run=fsc.run)
+
+
+def _voxelise(commands, name: str) -> None:
+    parser = commands.add_parser(
+        name,
+        help="map of a Gaussian mixture",
+        description="Sample a Gaussian mixture on a voxel grid. Without --box and --pixel-size the grid is the run's own.",
+    )
+    parser.add_argument("mixture", help="gaussians.npz or gaussians.ply of a run")
+    parser.add_argument("-o", "--output", required=True, help="map to write (.mrc)")
+    parser.add_argument("--model", default="full", choices=("full", "half_a", "half_b"), help="of an .npz; default: full")
+    parser.add_argument("--box", type=int, help="voxels a side")
+    parser.add_argument("--pixel-size", type=float, help="A a voxel")
+
+    def run(args):
+        from cryosplat import inspection
+
+        inspection.voxelise(args)
+
+    parser.set_defaults(run=run)
+
+
+def _info(commands, name: str) -> None:
+    parser = commands.add_parser(
+        name,
+        help="what a run directory, mixture, map or stack holds",
+        description="Say what a run directory, a mixture (.npz, .ply), a map or an image stack (.mrc, .mrcs) holds.",
+    )
+    parser.add_argument("path")
+
+    def run(args):
+        from cryosplat import inspection
+
+        inspection.info(args)
+
+    parser.set_defaults(run=run)
+
+
+_COMMANDS = {"train": _train, "simulate": _simulate, "voxelise": _voxelise, "fsc": _fsc, "info": _info}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

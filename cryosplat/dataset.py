@@ -1,0 +1,222 @@
+"""A rank's particles, ready for training: normalised half-spectra in memory, batches on demand."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosplat.conventions import rescaled_pixel_size
+from cryosplat.errors import InputError
+from cryosplat.particles import ParticleTable
+
+logger = logging.getLogger(__name__)
+
+IMAGES_PER_READ = 256
+HALF_PRECISION_MAX = 6.0e4
+"""Largest magnitude trusted to float16, whose own limit is 65504."""
+
+
+@dataclass
+class Batch:
+    """B particles on one rank; D is the training box.
+
+    ``images`` (B, D, D//2+1) complex64, orthonormal half-spectra (see conventions) in units of the
+    noise's standard deviation; ``rotations`` (B, 3, 3); ``shifts`` (B, 2) in pixels; ``ctf`` (B, 7) or
+    None; ``half`` (B,) 0 or 1; ``ids`` (B,) rows of the particle table.
+    """
+
+    images: Tensor
+    rotations: Tensor
+    shifts: Tensor
+    ctf: Tensor | None
+    half: Tensor
+    ids: np.ndarray
+
+
+@dataclass
+class Statistics:
+    """What a rank's particles say of the noise, to be shared before training.
+
+    ``deviation`` (N,) noise standard deviation of each particle (zero for those of other ranks);
+    ``power`` (2, S) and ``count`` (2,) sums over each half's particles of the radial noise power.
+    """
+
+    deviation: np.ndarray
+    power: np.ndarray
+    count: np.ndarray
+
+
+class ParticleDataset:
+    """The particles a rank owns, read once and held as half-spectra.
+
+    Every image has its own background taken off and is divided by its half's noise level, so that
+    the grey levels of the stack do not matter: a stack times 100 plus an offset is the same data set.
+    Background and noise are those of the corners, outside the circle that touches the image's edges,
+    where a particle with any shift has least to say.
+
+    Args:
+        table: all particles.
+        owned: ids of this rank's particles, ascending.
+        box: training box in pixels, even, at most the stored one.
+        invert: cryoDRGN's flag: true where particles are white on dark.
+        precision: "half" or "single", of the images in memory.
+        progress: called with the number of images read so far.
+
+    Raises:
+        InputError: a non-finite or constant image (named), or a box larger than the stored one.
+    """
+
+    def __init__(
+        self,
+        table: ParticleTable,
+        owned: np.ndarray,
+        box: int | None = None,
+        invert: bool = True,
+        precision: str = "half",
+        progress: Callable[[int], None] = lambda done: None,
+    ):
+        self.box = table.box if box is None else box
+        if self.box > table.box:
+            raise InputError(f"data.box={self.box}: larger than the images, which are {table.box} px; leave it out")
+        self.pixel_size_a = rescaled_pixel_size(table.pixel_size_a, table.box, self.box)
+        self.particles = len(table)
+        self.owned = owned
+        self._row = np.full(len(table), -1, dtype=np.int64)
+        self._row[owned] = np.arange(len(owned))
+        self._half = torch.from_numpy(table.half.astype(np.int64))
+        self._rotations = torch.from_numpy(table.rotations).float()
+        self._shifts = (torch.from_numpy(table.shifts) * self.box).float()
+        self._ctf = None if table.ctf is None else torch.from_numpy(table.ctf)
+        self._gain = torch.zeros(len(table))
+        self._sign = 1.0 if invert else -1.0
+        dtype = torch.float16 if precision == "half" else torch.float32
+        self._spectra = torch.empty(len(owned), self.box, self.box // 2 + 1, 2, dtype=dtype)
+        self.statistics = self._read(table, progress)
+
+    def _read(self, table: ParticleTable, progress: Callable[[int], None]) -> Statistics:
+        corners = corner_mask(table.box)
+        shells, shell_size = _shells(table.box)
+        statistics = Statistics(np.zeros(len(table)), np.zeros((2, len(shell_size))), np.zeros(2))
+        for start in range(0, len(self.owned), IMAGES_PER_READ):
+            ids = self.owned[start : start + IMAGES_PER_READ]
+            raw = table.read(ids)
+            table.require_finite(raw, ids)
+            images = torch.from_numpy(raw)
+            background = images[:, corners]
+            deviation = background.double().std(-1)
+            if not bool((deviation > 0).all()):
+                first = int(ids[int((~(deviation > 0)).nonzero()[0])])
+                raise InputError(f"{table.location(first)}: the image is constant outside its inner circle; remove it")
+            images = (images - background.mean(-1)[:, None, None]) / deviation.float()[:, None, None]
+            statistics.deviation[ids] = deviation.numpy()
+            noise = torch.fft.rfft2(images * corners, norm="ortho").abs().square().double() / corners.double().mean()
+            for h in (0, 1):
+                mine = torch.from_numpy(table.half[ids] == h)
+                statistics.power[h] += np.bincount(
+                    shells.ravel(), noise[mine].sum(0).numpy().ravel(), minlength=len(shell_size)
+                )
+                statistics.count[h] += int(mine.sum())
+            spectra = fourier_crop(torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)), norm="ortho"), self.box)
+            self._store(start, spectra, table, ids)
+            progress(start + len(ids))
+        statistics.power /= shell_size
+        return statistics
+
+    def _store(self, start: int, spectra: Tensor, table: ParticleTable, ids: np.ndarray) -> None:
+        pairs = torch.view_as_real(spectra)
+        if self._spectra.dtype == torch.float16:
+            largest = pairs.abs().amax((1, 2, 3))
+            if bool((largest > HALF_PRECISION_MAX).any()):
+                first = int(ids[int((largest > HALF_PRECISION_MAX).nonzero()[0])])
+                raise InputError(
+                    f"{table.location(first)}: a Fourier coefficient is {float(largest.max()):.3g} times the noise, "
+                    f"too large for half precision; the image is probably junk: remove it, or set data.precision=single"
+                )
+        self._spectra[start : start + len(ids)] = pairs
+
+    def normalise(self, deviation: np.ndarray) -> None:
+        """Set the scale of all images from the noise levels (N,) of all particles, gathered from all ranks.
+
+        Each half has its own level, the root mean square of its particles' (halves share no statistic);
+        sums run in the order of the table, so they are the same for any number of ranks.
+        """
+        deviation = torch.from_numpy(deviation)
+        for h in (0, 1):
+            mine = self._half == h
+            level = deviation[mine].square().mean().sqrt()
+            self._gain[mine] = (self._sign * deviation[mine] / level).float()
+
+    def batch(self, ids: np.ndarray, device: torch.device | str = "cpu") -> Batch:
+        """The particles ``ids``, which this rank owns, on a device."""
+        rows = torch.from_numpy(self._row[ids])
+        at = torch.from_numpy(ids)
+        images = torch.view_as_complex(self._spectra[rows].float()) * self._gain[at][:, None, None]
+        ctf = None if self._ctf is None else self._ctf[at].to(device)
+        return Batch(
+            images.to(device),
+            self._rotations[at].to(device),
+            self._shifts[at].to(device),
+            ctf,
+            self._half[at].to(device),
+            ids,
+        )
+
+    @property
+    def bytes_in_memory(self) -> int:
+        return self._spectra.numel() * self._spectra.element_size()
+
+
+def corner_mask(box: int) -> Tensor:
+    """True (D, D) outside the circle that touches the image's edges: 21 % of the pixels, background only.
+
+    >>> round(float(corner_mask(128).float().mean()), 2)
+    0.22
+    """
+    offset = torch.arange(box) - box // 2
+    return offset[:, None] ** 2 + offset[None, :] ** 2 > (box // 2) ** 2
+
+
+def fourier_crop(spectra: Tensor, box: int) -> Tensor:
+    """Half-spectra (..., D, D//2+1) cut to a smaller even box (..., box, box//2+1).
+
+    The orthonormal scale stays: white noise keeps its variance a pixel. The Nyquist lines of the new
+    grid, where two frequencies fall together, are set to zero.
+
+    >>> fourier_crop(torch.ones(1, 8, 5), 4).shape
+    torch.Size([1, 4, 3])
+    """
+    size = spectra.shape[-2]
+    if box == size:
+        return spectra
+    half = box // 2
+    cropped = torch.cat([spectra[..., :half, : half + 1], spectra[..., size - half :, : half + 1]], dim=-2).clone()
+    cropped[..., half, :] = 0
+    cropped[..., :, half] = 0
+    return cropped
+
+
+def noise_weights(power: np.ndarray, count: np.ndarray, box: int) -> Tensor:
+    """Weights (2, D, D//2+1) that whiten each half's noise: 1 / radial power, mean 1 over the grid.
+
+    Args:
+        power: (2, S) summed radial noise power of either half, over all ranks.
+        count: (2,) particles summed.
+        box: D of the training images.
+    """
+    shells, _ = _shells(box)
+    weights = []
+    for h in (0, 1):
+        radial = power[h] / max(count[h], 1)
+        weight = 1.0 / radial[np.minimum(shells, len(radial) - 1)]
+        weights.append(weight / weight.mean())
+    return torch.from_numpy(np.stack(weights)).float()
+
+
+def _shells(box: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shell (D, D//2+1) of every coefficient of a half-spectrum, and the number of stored coefficients in each."""
+    ky, kx = np.fft.fftfreq(box) * box, np.fft.rfftfreq(box) * box
+    shells = np.rint(np.hypot(ky[:, None], kx[None, :])).astype(np.int64)
+    return shells, np.maximum(np.bincount(shells.ravel()), 1)

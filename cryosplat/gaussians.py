@@ -1,0 +1,170 @@
+"""The Gaussian mixtures that are trained: parameters, activations, random start, export."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cryosplat import ops
+
+# Columns of a mixture's one parameter tensor. One tensor means one learning rate and one optimiser state.
+MEAN, SCALE, QUATERNION, AMPLITUDE = slice(0, 3), slice(3, 6), slice(6, 10), 10
+NUMBERS = 11
+
+VOXEL_CUTOFF = 4.8
+"""Standard deviations drawn in final maps: relative L2 error 1e-5, and maps are rare, so nothing is gained by less."""
+
+SIGNED_START = 0.1
+"""Raw amplitude that signed Gaussians start from. The smaller it is, the faster amplitudes move against positions and
+scales at the one learning rate; at 1 signed amplitudes hardly moved in five epochs (benchmarks/quality.md)."""
+
+
+class GaussianMixture(nn.Module):
+    """M mixtures (full, half a, half b) of G anisotropic Gaussians each, sharing nothing.
+
+    Each mixture is one parameter tensor (G, 11) that holds, per Gaussian: position x, y, z as a fraction of the box from its
+    centre; three scales s through softplus, fractions of the box; a quaternion w, x, y, z, normalised
+    where used; an amplitude. The covariance is R(q) diag(s^2) R(q)^T. Amplitudes are ``unit[m]`` times
+    the raw number ("signed") or its softplus ("positive", as in the paper), so that the learning rate
+    means the same whatever the grey levels of the images are.
+
+    Args:
+        models: M.
+        gaussians: G.
+        amplitudes: "signed" or "positive".
+        scale_range: least and greatest scale, fractions of the box.
+    """
+
+    def __init__(self, models: int, gaussians: int, amplitudes: str, scale_range: tuple[float, float]):
+        super().__init__()
+        self.positive = amplitudes == "positive"
+        self.raw_scale_range = tuple(_inverse_softplus(s) for s in scale_range)
+        # One tensor a mixture, so that the optimiser can leave one alone whose half has no image in a batch.
+        self.mixtures = nn.ParameterList(nn.Parameter(torch.zeros(gaussians, NUMBERS)) for _ in range(models))
+        self.register_buffer("unit", torch.ones(models))
+
+    @property
+    def models(self) -> int:
+        return len(self.mixtures)
+
+    @property
+    def gaussians(self) -> int:
+        return self.mixtures[0].shape[0]
+
+    @property
+    def theta(self) -> Tensor:
+        """All parameters (M, G, 11)."""
+        return torch.stack(tuple(self.mixtures))
+
+    @torch.no_grad()
+    def start_randomly(self, spread: float, scale: float, seed: int) -> None:
+        """Normal positions round the centre, equal round Gaussians (the paper's start).
+
+        Every mixture draws from a generator of its own: halves share no initialisation, and the
+        presence of one does not change another.
+
+        Args:
+            spread: standard deviation of the positions, fraction of the box.
+            scale: standard deviation of each Gaussian, fraction of the box.
+            seed: of the run.
+        """
+        for m, mixture in enumerate(self.mixtures):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + m)
+            positions = spread * torch.randn(self.gaussians, 3, generator=generator)
+            mixture[:, MEAN] = positions.clamp(-0.45, 0.45)
+            mixture[:, SCALE] = _inverse_softplus(scale)
+            mixture[:, QUATERNION] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+            mixture[:, AMPLITUDE] = _inverse_softplus(1.0 / self.gaussians) if self.positive else SIGNED_START
+
+    def amplitudes(self) -> Tensor:
+        """Integrals (M, G) of the Gaussians, image units times the box's area; sums to ``unit`` at the start."""
+        raw = self.theta[..., AMPLITUDE]
+        shape = nn.functional.softplus(raw) if self.positive else raw / (SIGNED_START * self.gaussians)
+        return self.unit[:, None] * shape
+
+    def scales(self) -> Tensor:
+        """Standard deviations (M, G, 3), fractions of the box."""
+        return nn.functional.softplus(self.theta[..., SCALE])
+
+    def in_pixels(self, box: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Means (M, G, 3), covariances (M, G, 6) and amplitudes (M, G) for a grid of ``box`` pixels."""
+        theta = self.theta
+        covariances = covariance_entries(theta[..., QUATERNION], nn.functional.softplus(theta[..., SCALE]) * box)
+        return theta[..., MEAN] * box, covariances, self.amplitudes() * box**2
+
+    def project(self, rotations: Tensor, shifts: Tensor, model: Tensor, box: int, cutoff: float) -> Tensor:
+        """Images (V, D, D) without CTF of the mixtures ``model`` (V,) at poses (V, 3, 3) and shifts (V, 2) in pixels."""
+        means, covariances, amplitudes = self.in_pixels(box)
+        return ops.splat(means, covariances, amplitudes, rotations, shifts, model, box, cutoff)
+
+    @torch.no_grad()
+    def voxelise(self, box: int) -> Tensor:
+        """Maps (M, D, D, D), image units per pixel of depth: summed along a view they give its projection."""
+        return ops.voxelise(*self.in_pixels(box), box, VOXEL_CUTOFF)
+
+    @torch.no_grad()
+    def stay_in_bounds(self) -> None:
+        """After a step: scales inside their range, positions inside the box.
+
+        The bounds are on the parameters themselves; a bound inside the activation would have no
+        gradient beyond it, and Gaussians that reached it could never come back.
+        """
+        for mixture in self.mixtures:
+            mixture[:, SCALE].clamp_(*self.raw_scale_range)
+            mixture[:, MEAN].clamp_(-0.5, 0.5)
+
+    @torch.no_grad()
+    def export(self, model: int, box: int, pixel_size_a: float) -> dict[str, Tensor]:
+        """One mixture in physical units.
+
+        Returns:
+            ``means`` (G, 3) in A from the box centre (x, y, z), ``scales`` (G, 3) in A, ``quaternions``
+            (G, 4) normalised w, x, y, z, ``amplitudes`` (G,) in image units times A^2.
+        """
+        side_a = box * pixel_size_a
+        return {
+            "means": self.mixtures[model][:, MEAN] * side_a,
+            "scales": self.scales()[model] * side_a,
+            "quaternions": nn.functional.normalize(self.mixtures[model][:, QUATERNION], dim=-1),
+            "amplitudes": self.amplitudes()[model] * side_a**2,
+        }
+
+
+def quaternion_to_rotation(quaternions: Tensor) -> Tensor:
+    """Rotations (..., 3, 3) of quaternions (..., 4) w, x, y, z, which are normalised here.
+
+    >>> quaternion_to_rotation(torch.tensor([0.0, 0.0, 0.0, 2.0])).diagonal()
+    tensor([-1., -1.,  1.])
+    """
+    w, x, y, z = nn.functional.normalize(quaternions, dim=-1).unbind(-1)
+    entries = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ]  # fmt: skip
+    return torch.stack(entries, -1).unflatten(-1, (3, 3))
+
+
+def covariance_entries(quaternions: Tensor, scales: Tensor) -> Tensor:
+    """Entries xx, xy, xz, yy, yz, zz (..., 6) of R(q) diag(s^2) R(q)^T, in the square of the scales' unit."""
+    x, y, z = (quaternion_to_rotation(quaternions) * scales[..., None, :]).unbind(-2)
+    return torch.stack([(a * b).sum(-1) for a, b in ((x, x), (x, y), (x, z), (y, y), (y, z), (z, z))], -1)
+
+
+def mixture_to_map(mixture: dict[str, Tensor], box: int, pixel_size_a: float) -> Tensor:
+    """Map (D, D, D) of an exported mixture (see :meth:`GaussianMixture.export`) on any grid.
+
+    The map is in image units per pixel of depth of that grid.
+    """
+    covariances = covariance_entries(mixture["quaternions"], mixture["scales"] / pixel_size_a)
+    return ops.voxelise(
+        (mixture["means"] / pixel_size_a)[None],
+        covariances[None],
+        (mixture["amplitudes"] / pixel_size_a**2)[None],
+        box,
+        VOXEL_CUTOFF,
+    )[0]
+
+
+def _inverse_softplus(y: float) -> float:
+    return y + math.log(-math.expm1(-y))

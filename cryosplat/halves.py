@@ -1,0 +1,145 @@
+"""Which half every particle belongs to.
+
+The halves of the refinement that gave the poses are the only ones that keep
+the half maps independent, so the input's own are taken wherever it has any.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from cryosplat.errors import InputError
+from cryosplat.listing import Listing
+from cryosplat.unpickle import read_integers
+
+_LOG = logging.getLogger("cryosplat")
+
+SMALLEST_SHARE = 0.25
+"""Smallest share of the particles in a half that is drawn by micrograph; below it the FSC would compare unlike maps."""
+
+
+def split_halves(image: np.ndarray, group: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+    """Draw two halves of nearly equal size from a seed.
+
+    All particles of one micrograph go to one half, since they share its
+    errors (defocus, ice, neighbours that overlap). If that leaves a half with
+    less than ``SMALLEST_SHARE`` of the particles, or micrographs are unknown,
+    particles are drawn one by one. Rows that are the same image never part.
+
+    Args:
+        image: (N,) integers, equal for rows that are the same image.
+        group: (N,) micrograph of every row, -1 where unknown.
+        seed: the same seed, images and groups give the same halves, in any order of the rows.
+
+    Returns:
+        Half of every row, int8 (N,), 0 for a and 1 for b, and "micrograph" or "particle": what was drawn.
+
+    >>> half, unit = split_halves(np.array([0, 1, 2, 3]), np.array([5, 5, 8, 8]), seed=0)
+    >>> bool(half[0] == half[1] != half[2] == half[3]), unit
+    (True, 'micrograph')
+    """
+    _, image = np.unique(image, return_inverse=True)
+    if (group >= 0).any():
+        half = _draw(_joined(image, group), seed)
+        if min(half.mean(), 1 - half.mean()) >= SMALLEST_SHARE:
+            return half, "micrograph"
+    return _draw(image, seed), "particle"
+
+
+def _joined(image: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Unit of every row (N,): rows are in one unit if a chain of same images and same micrographs links them."""
+    images = image.max() + 1
+    known = np.flatnonzero(group >= 0)
+    groups, node = np.unique(group[known], return_inverse=True)
+    nodes = images + len(groups)
+    links = coo_array((np.ones(len(known), bool), (image[known], images + node)), shape=(nodes, nodes))
+    _, unit = np.unique(connected_components(links, directed=False)[1][image], return_inverse=True)
+    return unit
+
+
+def _draw(unit: np.ndarray, seed: int) -> np.ndarray:
+    """Deal units to the smaller half, larger ones first, equal ones in random order."""
+    sizes = np.bincount(unit)
+    # The second number keeps this draw apart from others made from the same seed.
+    random = np.random.default_rng([seed, 0x5B117])
+    order = random.permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    half = np.empty(len(sizes), dtype=np.int8)
+    excess = 0
+    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        half[index] = excess > 0
+        excess += -size if excess > 0 else size
+    return (half ^ random.integers(2, dtype=np.int8))[unit]
+
+
+def assign_halves(
+    listing: Listing, rows: np.ndarray, file: Path | None, seed: int, both: bool = True
+) -> tuple[np.ndarray, str]:
+    """Half of the particles ``rows`` (n,), and a sentence that says where it comes from.
+
+    In this order: ``file`` (0 and 1, or RELION's 1 and 2, for every particle
+    of ``listing``), the listing's own column, ``split_halves``. It is settled
+    for the whole listing first, so a subset keeps its halves.
+
+    Args:
+        both: whether each half must have particles.
+
+    Raises:
+        InputError: values that are not halves, another number of them, or a half without particles.
+    """
+    if file is not None:
+        values, name, origin = read_integers(file), f"{file}", f"Halves are those of data.halves, {file}."
+        if len(values) != len(listing):
+            raise InputError(f"{file}: {len(values)} halves for the {len(listing)} particles of {listing.path}")
+    elif listing.half is not None:
+        values, name = listing.half, f"{listing.half_name} of {listing.path}"
+        origin = f"Halves are those of {listing.half_name} in {listing.path}."
+    else:
+        half, unit = split_halves(_image_number(listing), listing.group, seed)
+        name = f"the draw by {unit} from seed {seed}"
+        origin = f"Halves were drawn by {unit} from seed {seed}; the poses may come from a refinement of both together."
+        return _checked(half[rows], name, both), origin
+    half = _checked(_as_halves(values, rows, name), name, both)
+    _warn_of_shared_images(_image_number(listing)[rows], half, name)
+    return half, origin
+
+
+def _image_number(listing: Listing) -> np.ndarray:
+    """(N,) equal for rows that are the same image of the same stack."""
+    return listing.stack.astype(np.int64) * (listing.slices.max() + 1) + listing.slices
+
+
+def _as_halves(values: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
+    # RELION counts its subsets from 1. The whole column tells, so that a subset is read alike.
+    first = 1 if values.max() == 2 else 0
+    half = values[rows] - first
+    bad = np.flatnonzero((half != 0) & (half != 1))
+    if len(bad):
+        raise InputError(
+            f"{name}: row {rows[bad[0]]} is {values[rows[bad[0]]]}, expected {first} or {first + 1}; "
+            "give the halves in data.halves"
+        )
+    return half.astype(np.int8)
+
+
+def _checked(half: np.ndarray, name: str, both: bool) -> np.ndarray:
+    count = np.bincount(half, minlength=2)
+    if both and not count.all():
+        raise InputError(
+            f"half {'a' if count[0] == 0 else 'b'} has no particles: {name} puts all {len(half)} into the other; "
+            "give the halves in data.halves, use more particles, or train without half maps (maps.halves=false)"
+        )
+    return half
+
+
+def _warn_of_shared_images(image: np.ndarray, half: np.ndarray, name: str) -> None:
+    shared = np.intersect1d(image[half == 0], image[half == 1])
+    if len(shared):
+        _LOG.warning(
+            "%d images are in both halves (%s): the half maps are not independent and their FSC is too high",
+            len(shared),
+            name,
+        )

@@ -1,0 +1,108 @@
+"""Looking at what there is: ``cryosplat info`` and ``cryosplat voxelise``."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cryosplat.errors import InputError
+from cryosplat.gaussians import mixture_to_map
+from cryosplat.images import read_header
+from cryosplat.outputs import read_mixture
+from cryosplat.volumes import read_map, write_map
+
+
+def voxelise(args: argparse.Namespace) -> None:
+    """Write the map of a mixture file, on its own grid or another.
+
+    Raises:
+        InputError: no mixture, an unknown grid, or an output that exists.
+    """
+    mixture = read_mixture(args.mixture, args.model)
+    box, pixel_size_a = _grid(args, mixture)
+    fields = ("means", "scales", "quaternions", "amplitudes")
+    tensors = {name: torch.as_tensor(np.asarray(mixture[name]), dtype=torch.float32) for name in fields}
+    volume = mixture_to_map(tensors, box, pixel_size_a).numpy()
+    write_map(args.output, volume, pixel_size_a)
+    print(f"{args.output}: {box} voxels at {pixel_size_a:.5g} A, {len(tensors['amplitudes']):,} Gaussians")
+
+
+def _grid(args: argparse.Namespace, mixture: dict) -> tuple[int, float]:
+    """Box and A/px: as asked for; of one alone, the other keeps the field of view."""
+    box, pixel_size_a = args.box, args.pixel_size
+    side_a = mixture["box"] * mixture["pixel_size_a"] if mixture["box"] and mixture["pixel_size_a"] else None
+    if side_a is None and (box is None or pixel_size_a is None):
+        raise InputError(f"{args.mixture}: the file does not say its grid; give both --box and --pixel-size")
+    if box is None and pixel_size_a is None:
+        return int(mixture["box"]), float(mixture["pixel_size_a"])
+    if (box is not None and box < 1) or (pixel_size_a is not None and not pixel_size_a > 0):
+        raise InputError("--box must be at least 1 and --pixel-size above 0")
+    if pixel_size_a is None:
+        return box, side_a / box
+    return box or max(2 * round(side_a / pixel_size_a / 2), 2), pixel_size_a
+
+
+def info(args: argparse.Namespace) -> None:
+    """Print what a run directory, mixture, map or stack holds.
+
+    Raises:
+        InputError: nothing there, or nothing this program knows.
+    """
+    path = Path(args.path)
+    if not path.exists():
+        raise InputError(f"{path}: nothing there")
+    if path.is_dir():
+        rows = _run(path)
+    elif path.suffix in (".npz", ".ply"):
+        rows = _mixture(path)
+    elif path.suffix in (".mrc", ".mrcs", ".map"):
+        rows = _densities(path)
+    else:
+        raise InputError(f"{path}: expected a run directory, a mixture (.npz, .ply), a map or a stack (.mrc, .mrcs)")
+    for name, value in rows:
+        print(f"{name:>28}  {value}")
+
+
+def _run(folder: Path) -> list[tuple[str, str]]:
+    summary = folder / "summary.json"
+    if summary.is_file():
+        return [(name, _words(value)) for name, value in json.loads(summary.read_text()).items()]
+    if (folder / "config.yaml").is_file():
+        saved = sorted(folder.glob("checkpoints/step_*.pt"))
+        return [("state", "not complete"), ("last checkpoint", saved[-1].name if saved else "none")]
+    raise InputError(f"{folder}: no run of cryosplat (it has no config.yaml)")
+
+
+def _mixture(path: Path) -> list[tuple[str, str]]:
+    mixture = read_mixture(path)
+    scales, amplitudes = np.asarray(mixture["scales"]), np.asarray(mixture["amplitudes"])
+    radius = np.linalg.norm(np.asarray(mixture["means"]), axis=1)
+    quantiles = np.quantile(scales, (0.05, 0.5, 0.95))
+    return [
+        ("Gaussians", f"{len(amplitudes):,}"),
+        ("box", f"{mixture['box']} px at {mixture['pixel_size_a']} A" if mixture["box"] else "not said"),
+        ("scales, A", "5 %, median, 95 %: " + ", ".join(f"{q:.2f}" for q in quantiles)),
+        ("amplitudes", f"sum {amplitudes.sum():.5g}, {np.mean(amplitudes < 0):.1%} negative"),
+        ("farthest from the centre, A", f"{radius.max():.1f}"),
+    ]
+
+
+def _densities(path: Path) -> list[tuple[str, str]]:
+    if path.suffix == ".mrcs":
+        header = read_header(path)
+        pixel_size = f"{header.pixel_size_a:.5g} A" if header.pixel_size_a > 0 else "not said"
+        return [("images", f"{header.images:,}"), ("box", f"{header.box} px"), ("pixel size", pixel_size), ("type", str(header.pixel_type))]
+    volume, pixel_size_a = read_map(path)
+    return [
+        ("box", f"{len(volume)} voxels, {len(volume) * pixel_size_a:.1f} A"),
+        ("voxel size", f"{pixel_size_a:.5g} A"),
+        ("density", f"mean {volume.mean():.4g}, standard deviation {volume.std():.4g}, {volume.min():.4g} to {volume.max():.4g}"),
+    ]
+
+
+def _words(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "none" if value is None else str(value)

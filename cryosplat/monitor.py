@@ -1,0 +1,332 @@
+"""What one sees of a run: TensorBoard, metrics.csv, run.log, and a line of progress. Rank 0 has a Monitor.
+
+The number of a step is the number of optimiser steps done. A run resumed from a checkpoint of step s goes on with
+s + 1: whatever was logged after s, and is going to be logged again, is taken out of metrics.csv and TensorBoard.
+"""
+
+import contextlib
+import csv
+import logging
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from cryosplat import figures
+from cryosplat.errors import InputError
+from cryosplat.fsc import FscCurve, mean_fsc
+from cryosplat.metrics import COLUMNS, cut_events, cut_metrics
+
+logger = logging.getLogger(__name__)
+_PACKAGE_LOGGER = logging.getLogger("cryosplat")
+
+PROGRESS_SECONDS = 30.0
+"""Longest silence of the log, where there is no progress bar."""
+
+FLUSH_SECONDS = 10
+"""How much of the TensorBoard log a killed run may lose, at most."""
+
+
+def peak_memory_gib(device: torch.device | str = "cpu") -> dict[str, float]:
+    """Largest memory of this process so far, GiB: "cpu_max_rss", and "gpu_max_reserved" on a CUDA device."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    memory = {"cpu_max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    if torch.device(device).type == "cuda":
+        memory["gpu_max_reserved"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return memory
+
+
+class NullMonitor:
+    """The monitor of every rank but the first: it has a Monitor's methods, and they do nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def step(self, *args, **kwargs) -> None:
+        pass
+
+    def evaluation(self, *args, **kwargs) -> None:
+        pass
+
+    def text(self, *args, **kwargs) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+
+class Monitor:
+    """Writes <run_dir>/tensorboard/, metrics.csv and run.log, and shows progress; use it in a ``with``.
+
+    On a terminal progress is a bar; elsewhere it is a log line, at most every 30 s. Messages of all loggers under
+    "cryosplat" go to run.log too.
+
+    Args:
+        run_dir: exists.
+        total_steps: steps of the whole run.
+        start_step: steps done already, 0 for a new run.
+        resumed: go on with the files that are there. Without it, a run directory with metrics is refused.
+        quiet: no progress on the terminal; run.log has it all the same.
+
+    Raises:
+        InputError (also from every method): a file cannot be written (full disk), or is there and not ``resumed``.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        total_steps: int,
+        start_step: int = 0,
+        resumed: bool = False,
+        quiet: bool = False,
+    ):
+        self._run_dir = Path(run_dir)
+        self._total_steps, self._start_step, self._quiet = total_steps, start_step, quiet
+        metrics, events = self._run_dir / "metrics.csv", self._run_dir / "tensorboard"
+        for path in () if resumed else (metrics, events):
+            if path.exists():
+                raise InputError(f"{path} exists already; choose another run_dir, or resume the run that is there")
+        with contextlib.ExitStack() as stack:
+            seconds_before = cut_metrics(metrics, start_step)
+            self._log_file = stack.enter_context(_log_to(self._run_dir / "run.log"))
+            self._metrics = _open_for_append(metrics, stack)
+            self._writer = _tensorboard(events, start_step, stack)
+            self._bar = None if quiet else _progress_bar(total_steps, start_step, stack)
+            self._stack = stack.pop_all()
+        self._begin = time.monotonic()
+        self._clock_zero = self._begin - seconds_before
+        self._next_line = self._begin
+        if resumed:
+            logger.info("resumed after step %d of %d", start_step, total_steps)
+
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        losses: Mapping[str, float],
+        learning_rate: float,
+        images_per_second: float,
+        memory: Mapping[str, float],
+    ) -> None:
+        """Log a step.
+
+        Args:
+            step: steps done, this one included.
+            epoch: epoch it belongs to.
+            losses: by model: "full", "half_a", "half_b".
+            learning_rate: of this step.
+            images_per_second: over all ranks, since the last logged step.
+            memory: GiB, as ``peak_memory_gib`` gives it.
+        """
+        row = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "images_per_second": images_per_second}
+        row |= {f"loss_{name}": value for name, value in losses.items()}
+        row |= {f"{name}_gib": value for name, value in memory.items()}
+        row["seconds"] = round(time.monotonic() - self._clock_zero, 3)
+        with _writing(self._run_dir / "metrics.csv"):
+            csv.DictWriter(self._metrics, COLUMNS, restval="", lineterminator="\n").writerow(row)
+            self._metrics.flush()
+        scalars = {f"loss/{name}": value for name, value in losses.items()}
+        scalars |= {"train/learning_rate": learning_rate, "throughput/images_per_second": images_per_second}
+        scalars |= {f"memory/{name}(GiB)": value for name, value in memory.items()}
+        self._scalars(scalars, step)
+        self._progress(step, epoch, losses, images_per_second)
+
+    def evaluation(
+        self,
+        step: int,
+        epoch: int,
+        curves: Mapping[str, FscCurve],
+        resolutions: Mapping[str, float | None],
+        maps: Mapping[str, np.ndarray],
+        particle_example: tuple | None,
+        pixel_size_a: float,
+    ) -> None:
+        """Log maps and what they are worth. Call it before the checkpoint of its step, or a resumed run repeats it.
+
+        Args:
+            step, epoch: as in ``step``.
+            curves: FSC curves by name, "half_maps" and "truth" among them.
+            resolutions: A, by name, such as "naive_half_map_0.143" and "truth_0.5"; None is not logged.
+            maps: (D, D, D) by model, "full" first of all.
+            particle_example: arguments of ``figures.particle_figure`` up to the residual, and a name if there is one.
+            pixel_size_a: A/px.
+        """
+        known = {name: value for name, value in resolutions.items() if value is not None}
+        means = {name: mean_fsc(curve) for name, curve in curves.items()}
+        self._scalars({f"resolution/{name}(A)": value for name, value in known.items()}, step)
+        self._scalars({f"fsc/mean_{name}": value for name, value in means.items()}, step)
+        drawn = {"fsc/curves": figures.fsc_figure(curves)} if curves else {}
+        for name, volume in maps.items():
+            suffix = "" if name == "full" else f"_{name}"
+            drawn[f"map/sections{suffix}"] = figures.sections_figure(volume, pixel_size_a)
+            drawn[f"map/projections{suffix}"] = figures.projections_figure(volume, pixel_size_a)
+        if particle_example is not None:
+            particle, projection, residual, *name = particle_example
+            figure = figures.particle_figure(particle, projection, residual, pixel_size_a, *name)
+            drawn["particles/particle_projection_residual"] = figure
+        with _writing(self._run_dir / "tensorboard"):
+            for tag, figure in drawn.items():
+                self._writer.add_image(tag, figures.rasterise(figure), step, dataformats="HWC")
+        self.flush()
+        words = [f"resolution {name.replace('_', ' ')} {value:.2f} A" for name, value in known.items()]
+        words += [f"mean FSC {name.replace('_', ' ')} {value:.4f}" for name, value in means.items()]
+        logger.info("after epoch %d, step %d: %s", epoch, step, ", ".join(words) or "no half maps, no truth")
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Log a text, such as "run/config", in TensorBoard."""
+        with _writing(self._run_dir / "tensorboard"):
+            self._writer.add_text(tag, markdown, self._start_step)
+
+    def flush(self) -> None:
+        """Have all that was logged on disk; call it before a checkpoint, and a kill leaves no gap in the curves."""
+        with _writing(self._run_dir / "tensorboard"):
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Finish all files; calling it again does nothing."""
+        self._stack.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # What went wrong first is what the user must see, not that a full disk cannot be closed upon either.
+        with contextlib.suppress(*([InputError] if kind else [])):
+            self.close()
+
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        with _writing(self._run_dir / "tensorboard"):
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def _progress(self, step: int, epoch: int, losses: Mapping[str, float], images_per_second: float) -> None:
+        loss = losses.get("full", next(iter(losses.values()), float("nan")))
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.6g}, {images_per_second:.4g} images/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+        now = time.monotonic()
+        if now < self._next_line and step < self._total_steps:
+            return
+        self._next_line = now + PROGRESS_SECONDS
+        left = (now - self._begin) / max(step - self._start_step, 1) * (self._total_steps - step)
+        line = (
+            f"step {step} of {self._total_steps}, epoch {epoch}, loss {loss:.6g}, {images_per_second:.4g} images/s, "
+            f"{tqdm.format_interval(left)} to go"
+        )
+        if self._bar is None and not self._quiet:
+            logger.info(line)
+        else:  # the terminal has the bar, or nothing
+            self._log_file.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, (), None))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write into what the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _open_for_append(path: Path, stack: contextlib.ExitStack):
+    """An open text file; ``stack`` closes it."""
+    with _writing(path):
+        handle = open(path, "a", newline="")
+    stack.callback(_close, handle, path)
+    return handle
+
+
+def _close(handle, path: Path) -> None:
+    with _writing(path):
+        handle.close()
+
+
+class _RunLog(logging.FileHandler):
+    """A log file whose failure is an error: logging would print a traceback for every message and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {self.baseFilename}: {error.strerror or error}") from error
+        super().handleError(record)
+
+
+@contextlib.contextmanager
+def _log_to(path: Path) -> Iterator[_RunLog]:
+    """Append what cryosplat logs, from level INFO, to a file."""
+    with _writing(path):
+        handler = _RunLog(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    level = _PACKAGE_LOGGER.level
+    if not _PACKAGE_LOGGER.isEnabledFor(logging.INFO):
+        _PACKAGE_LOGGER.setLevel(logging.INFO)
+    _PACKAGE_LOGGER.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        _PACKAGE_LOGGER.removeHandler(handler)
+        _PACKAGE_LOGGER.setLevel(level)
+        _close(handler, path)
+
+
+def _tensorboard(folder: Path, start_step: int, stack: contextlib.ExitStack):
+    """A SummaryWriter that goes on after ``start_step``; ``stack`` closes it."""
+    from torch.utils.tensorboard import SummaryWriter  # a second to import, which only rank 0 needs to spend
+
+    cut_events(folder, start_step)
+    stack.enter_context(_quiet_writer_thread())
+    with _writing(folder):
+        # purge_step is for a TensorBoard that runs and has the cut events in memory. It heeds it from the second time
+        # on only (the first is the start of the run, not a restart), so a new run says it too.
+        writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=FLUSH_SECONDS)
+    stack.callback(_close, writer, folder)
+    return writer
+
+
+@contextlib.contextmanager
+def _quiet_writer_thread() -> Iterator[None]:
+    """Keep TensorBoard's writer thread from printing the traceback of an OSError, which its next call raises anyway."""
+    previous = threading.excepthook
+
+    def hook(args) -> None:
+        from_writer = type(args.thread).__module__.startswith("tensorboard.")
+        if not (from_writer and issubclass(args.exc_type, OSError)):
+            previous(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
+
+
+def _progress_bar(total_steps: int, start_step: int, stack: contextlib.ExitStack) -> tqdm | None:
+    """A progress bar if standard error is a terminal, with log messages printed above it; else None."""
+    if not sys.stderr.isatty():
+        return None
+    console = [
+        log
+        for log in (logging.getLogger(), _PACKAGE_LOGGER)
+        if any(getattr(handler, "stream", None) in (sys.stdout, sys.stderr) for handler in log.handlers)
+    ]
+    stack.enter_context(logging_redirect_tqdm(console))
+    bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+    stack.callback(bar.close)
+    return bar

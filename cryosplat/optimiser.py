@@ -1,0 +1,78 @@
+"""The optimiser and its rate: Adam whose updates stop, on the device, at the first non-finite value."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cryosplat.config import TrainConfig
+
+EPSILON = 1e-15
+"""Adam's guard against division by zero. Gradients of single Gaussians are tiny, so torch's 1e-8 would damp them."""
+
+
+class GatedAdam:
+    """Adam on the mixtures' parameters, behind a gate that closes for good at a non-finite gradient or loss.
+
+    The gate is a number on the device that torch's fused Adam reads itself, so nothing waits for the
+    host. The gradient it judges is all-reduced, hence the same on all ranks: all gates close together.
+
+    Args:
+        mixtures: one parameter a model.
+        rate: learning rate to begin with.
+    """
+
+    def __init__(self, mixtures: Sequence[nn.Parameter], rate: float):
+        self._mixtures = list(mixtures)
+        self._adam = torch.optim.Adam(self._mixtures, lr=rate, eps=EPSILON, fused=True)
+        self._closed = torch.zeros((), device=self._mixtures[0].device)
+        # Where torch.amp's GradScaler puts its verdict; the fused kernel skips the update if it is 1.
+        self._adam.grad_scale = None
+        self._adam.found_inf = self._closed
+
+    def zero_grad(self) -> None:
+        self._adam.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self, rate: float, losses: Tensor, counts: Sequence[int]) -> None:
+        """Update at ``rate``, unless the gate is closed or this gradient, or one of ``losses`` (M,), closes it.
+
+        A model without a particle in this batch (``counts``) is left alone: momentum would move it.
+        """
+        finite = torch.isfinite(losses.sum() + sum(mixture.grad.sum() for mixture in self._mixtures))
+        torch.maximum(self._closed, (~finite).to(self._closed.dtype), out=self._closed)
+        for mixture, count in zip(self._mixtures, counts, strict=True):
+            if count == 0:
+                mixture.grad = None
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+
+    def blocked(self) -> bool:
+        """Whether the gate has closed; waits for the device."""
+        return bool(self._closed)
+
+    def state_dict(self) -> dict:
+        return self._adam.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self._adam.load_state_dict(state)
+
+
+def learning_rate(config: TrainConfig, progress: float, epoch: int) -> float:
+    """Rate of a step.
+
+    Args:
+        config: ``schedule`` "constant", "exponential" (``lr_gamma`` an epoch, the paper's) or "cosine" (smooth from
+            ``lr`` to ``lr_final * lr`` at the end).
+        progress: fraction of all steps done, 0 to 1.
+        epoch: epoch of the step.
+
+    >>> learning_rate(TrainConfig(lr=1.0, schedule="exponential", lr_gamma=0.1), 0.5, 2) == 0.1**2
+    True
+    """
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "exponential":
+        return config.lr * config.lr_gamma**epoch
+    return config.lr * (config.lr_final + (1 - config.lr_final) * 0.5 * (1 + math.cos(math.pi * progress)))

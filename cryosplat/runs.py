@@ -1,0 +1,76 @@
+"""The run directory: which files make a run, and whether a run may begin, go on, or is complete."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryosplat import checkpoint
+from cryosplat.config import Config, config_differences, load_config, save_config
+from cryosplat.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = ("train.device", "train.threads", "train.log_every", "maps.every", "checkpoint", "distributed", "resume", "run_dir")
+"""Settings that do not change what a run computes, so that it may be resumed with others."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What was found in a run directory.
+
+    Attributes:
+        folder: the run directory.
+        resumed: a run that had begun goes on.
+        state: its newest readable checkpoint; None if it has none yet.
+        summary: of a run that is complete; None of others.
+    """
+
+    folder: Path
+    resumed: bool = False
+    state: dict[str, Any] | None = None
+    summary: dict[str, Any] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def open_run(config: Config) -> RunState:
+    """Make the run directory, or find what is in it; on one rank only.
+
+    Raises:
+        InputError: the directory holds something else, a run with other settings, or any run with resume=never.
+    """
+    folder = Path(config.run_dir).expanduser()
+    saved = folder / "config.yaml"
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"run_dir: cannot make {folder}: {error.strerror}") from error
+        save_config(config, saved)
+        return RunState(folder)
+    if not saved.is_file():
+        raise InputError(f"run_dir: {folder} exists and is no run of cryosplat (it has no config.yaml); choose another")
+    if config.resume == "never":
+        raise InputError(f"run_dir: {folder} holds a run; choose another, or let it go on with resume=auto")
+    _refuse_changes(load_config(saved), config, folder)
+    if (folder / "summary.json").is_file():
+        return RunState(folder, resumed=True, summary=json.loads((folder / "summary.json").read_text()))
+    run = RunState(folder, resumed=True)
+    if checkpoint.latest(run.checkpoints) is None:
+        logger.info("%s: a run that had no checkpoint yet; it starts anew", folder)
+        return run
+    return RunState(folder, resumed=True, state=checkpoint.load(run.checkpoints))
+
+
+def _refuse_changes(before: Config, now: Config, folder: Path) -> None:
+    changes = [line for line in config_differences(before, now) if not line.startswith(MAY_CHANGE)]
+    if changes:
+        listed = "\n  ".join(changes)
+        raise InputError(
+            f"run_dir: {folder} holds a run with other settings; choose another run_dir, or go on with the old settings "
+            f"({folder / 'config.yaml'}).\n  {listed}"
+        )

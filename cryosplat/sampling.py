@@ -1,0 +1,69 @@
+"""Which particles make up which batch: a pure function of seed, epoch and step.
+
+Particles are dealt to 64 virtual shards, each with its share of either half.
+An epoch is one permutation of every shard, interleaved; a batch is a stretch
+of that order. Ranks own whole shards, so the ids of every batch are the same
+for any number of ranks, and a rank only ever needs its own shards' images.
+"""
+
+import numpy as np
+
+VIRTUAL_SHARDS = 64
+
+
+class BatchPlan:
+    """The batches of every epoch.
+
+    Args:
+        half: (N,) half set of every particle, 0 or 1.
+        batch: particles a batch, over all ranks; the batches of an epoch differ by one at most.
+        seed: of the run.
+
+    >>> plan = BatchPlan(np.arange(100) % 2, batch=32, seed=0)
+    >>> [len(ids) for ids in plan.epoch(0)]
+    [25, 25, 25, 25]
+    """
+
+    def __init__(self, half: np.ndarray, batch: int, seed: int):
+        self.half = np.asarray(half)
+        self.seed = seed
+        self.particles = len(self.half)
+        self.batches = max(1, -(-self.particles // batch))
+        self.shard = _deal(self.half, seed)
+        # Members of every shard by half; their order within an epoch is drawn from these.
+        self._members = [[np.flatnonzero((self.shard == s) & (self.half == h)) for h in (0, 1)] for s in range(VIRTUAL_SHARDS)]
+
+    def owner(self, ranks: int) -> np.ndarray:
+        """(N,) the rank that holds each particle."""
+        return self.shard % ranks
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """Particle ids of each batch of an epoch; every particle comes once."""
+        ids, place, shard = [], [], []
+        for s, members in enumerate(self._members):
+            rng = np.random.default_rng([self.seed, epoch, s])
+            merged = _merge(*(rng.permutation(m) for m in members), second_first=bool(s % 2))
+            ids.append(merged)
+            place.append((np.arange(len(merged)) + 0.5) / max(len(merged), 1))
+            shard.append(np.full(len(merged), s))
+        order = np.lexsort((np.concatenate(shard), np.concatenate(place)))
+        bounds = np.arange(self.batches + 1) * self.particles // self.batches
+        return np.split(np.concatenate(ids)[order], bounds[1:-1])
+
+
+def _deal(half: np.ndarray, seed: int) -> np.ndarray:
+    """Shard (N,) of every particle: each half in random order, dealt round and round, the second half backwards."""
+    shard = np.empty(len(half), dtype=np.int64)
+    for h in (0, 1):
+        members = np.random.default_rng([seed, h]).permutation(np.flatnonzero(half == h))
+        dealt = np.arange(len(members)) % VIRTUAL_SHARDS
+        # Backwards, so that the two halves' remainders fall on different shards.
+        shard[members] = dealt if h == 0 else VIRTUAL_SHARDS - 1 - dealt
+    return shard
+
+
+def _merge(first: np.ndarray, second: np.ndarray, second_first: bool) -> np.ndarray:
+    """Both halves spread evenly over one list, so that every stretch of it has its share of each."""
+    keys = [(np.arange(len(part)) + 0.5) / max(len(part), 1) for part in (first, second)]
+    tie_break = np.repeat([1, 0] if second_first else [0, 1], [len(first), len(second)])
+    return np.concatenate([first, second])[np.lexsort((tie_break, np.concatenate(keys)))]

@@ -1,0 +1,305 @@
+"""Training a run: ``python -m cryosplat.train --config demo.yaml key=value``, alone or under torchrun, srun, submitit."""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from cryosplat import checkpoint, distributed
+from cryosplat.config import Config, check_files, load_config, save_config
+from cryosplat.dataset import ParticleDataset, noise_weights
+from cryosplat.errors import InputError
+from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
+from cryosplat.gaussians import GaussianMixture
+from cryosplat.metrics import read_metrics
+from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
+from cryosplat.outputs import write_run_outputs
+from cryosplat.particles import ParticleTable, read_particles
+from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
+from cryosplat.runs import RunState, open_run
+from cryosplat.sampling import BatchPlan
+from cryosplat.trainer import Progress, Report, Trainer
+
+logger = logging.getLogger("cryosplat.train")  # __name__ is __main__ under python -m
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train a run from beginning, or from where it stands, to its end.
+
+    Every rank calls this with the same configuration.
+
+    Returns:
+        What summary.json says, on every rank.
+
+    Raises:
+        InputError: anything wrong with input or configuration, on all ranks.
+    """
+    with distributed.join(config) as world:
+        run = distributed.together(lambda: open_run(config) if world.is_main else None, world)
+        run = distributed.broadcast_object(run, world)
+        if run.summary is not None:
+            logger.info("%s: the run is complete; nothing to do", run.folder)
+            return run.summary
+        return Run(config, world, run).train()
+
+
+class Run:
+    """One training run on one rank: the parts, put together, and their order."""
+
+    def __init__(self, config: Config, world: distributed.World, run: RunState):
+        self.config, self.world, self.run = config, world, run
+        self.began = time.perf_counter()
+        self.before = run.state["seconds"] if run.state else {"wall": 0.0, "cpu": 0.0, "training": 0.0}
+        self.images_trained, self.training_seconds = 0, 0.0
+        table = distributed.together(self._read_table, world)
+        plan = BatchPlan(table.half, config.train.batch, config.train.seed)
+        dataset = distributed.together(lambda: self._read_images(table, plan), world)
+        weights = self._share_statistics(dataset)
+        self.comparison = distributed.together(
+            lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
+        )
+        self.trainer = Trainer(world, table, dataset, plan, self._reconstruction(dataset, weights), config.train)
+        self._start_or_resume()
+
+    def train(self) -> dict[str, Any]:
+        """Train, evaluate and save by epochs, then write the products; returns the summary."""
+        trainer, config, evaluation = self.trainer, self.config, None
+        with self._monitor() as monitor:
+            self.next_checkpoint = time.monotonic() + 60 * config.checkpoint.every_minutes
+            while not trainer.finished:
+                trainer.run_epoch(lambda report: self._report(report, monitor))
+                if trainer.progress.epoch % config.maps.every == 0 or trainer.finished:
+                    evaluation = self._evaluate(monitor)
+                self._save(monitor)
+            if self.images_trained == 0:  # all was trained before, and only the products are missing
+                evaluation = self._evaluate(monitor)
+            summary = self._summary(evaluation)
+            if self.world.is_main:
+                self._write(evaluation, summary)
+        return summary
+
+    def _read_table(self) -> ParticleTable:
+        check_files(self.config)
+        halves = self.config.maps.halves
+        return read_particles(self.config.data, self.config.data_root, self.config.train.seed, halves)
+
+    def _read_images(self, table: ParticleTable, plan: BatchPlan) -> ParticleDataset:
+        data, world = self.config.data, self.world
+        owned = np.flatnonzero(plan.owner(world.size) == world.rank)
+        if world.is_main:
+            logger.info("%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin)
+        dataset = ParticleDataset(table, owned, data.box, data.invert, data.precision)
+        logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
+        return dataset
+
+    def _share_statistics(self, dataset: ParticleDataset) -> torch.Tensor | None:
+        """Noise levels and spectra of all ranks' particles; the weights, if asked for."""
+        mine = dataset.statistics
+        # Every particle's level comes from its one owner, so the sum is exact.
+        dataset.normalise(distributed.sum_over_ranks(torch.from_numpy(mine.deviation), self.world).numpy())
+        power, count = (distributed.sum_over_ranks(torch.from_numpy(s), self.world).numpy() for s in (mine.power, mine.count))
+        return noise_weights(power, count, dataset.box) if self.config.train.whiten else None
+
+    def _reconstruction(self, dataset: ParticleDataset, weights: torch.Tensor | None) -> Reconstruction:
+        model = self.config.model
+        mixture = GaussianMixture(
+            len(MODEL_NAMES) if self.config.maps.halves else 1,
+            model.gaussians,
+            model.amplitudes,
+            (model.scale_min, model.scale_max),
+        )
+        mixture.start_randomly(model.spread, model.scale, self.config.train.seed)
+        return Reconstruction(
+            mixture, dataset.box, dataset.pixel_size_a, weights, model.cutoff, self.world.size
+        ).to(self.world.device)
+
+    def _start_or_resume(self) -> None:
+        state = self.run.state
+        if state is None:
+            self.trainer.set_scale(self.config.data.check_sign)
+            return
+        if state["particles"] != self.trainer.plan.particles:
+            raise InputError(
+                f"{self.run.folder}: the run was trained on {state['particles']} particles, now there are "
+                f"{self.trainer.plan.particles}; choose another run_dir"
+            )
+        self.trainer.load_state(state["trainer"])
+
+    def _monitor(self):
+        if not self.world.is_main:
+            return NullMonitor()
+        step = self.trainer.progress.step
+        monitor = Monitor(self.run.folder, self.trainer.total_steps, step, self.run.resumed)
+        if not self.run.resumed:
+            monitor.text("run/config", f"```yaml\n{OmegaConf.to_yaml(OmegaConf.structured(self.config))}```")
+            monitor.text("run/hardware", _hardware(self.world))
+        return monitor
+
+    def _report(self, report: Report, monitor) -> None:
+        self.images_trained += report.images
+        self.training_seconds += report.seconds
+        memory = peak_memory_gib(self.world.device)
+        rate = report.images / max(report.seconds, 1e-9)
+        monitor.step(report.step, report.epoch, report.losses, report.learning_rate, rate, memory)
+        if time.monotonic() > self.next_checkpoint and not self.trainer.at_epoch_end:
+            self._save(monitor)
+
+    def _evaluate(self, monitor) -> Evaluation | None:
+        """Rank 0 alone; the others go on to the next epoch and wait for it in their first all-reduce."""
+        if not self.world.is_main:
+            return None
+        trainer = self.trainer
+        evaluation = evaluate(trainer.reconstruction, self.comparison)
+        example = trainer.dataset.batch(trainer.dataset.owned[:1], self.world.device)
+        resolutions = {
+            name: found.angstrom
+            for name, found in (("naive_half_map_0.143", evaluation.naive), ("truth_0.5", evaluation.truth))
+            if found is not None
+        }
+        monitor.evaluation(
+            trainer.progress.step,
+            trainer.progress.epoch,
+            evaluation.curves,
+            resolutions,
+            evaluation.maps,
+            particle_example(trainer.reconstruction, example),
+            trainer.reconstruction.pixel_size_a,
+        )
+        return evaluation
+
+    def _save(self, monitor) -> None:
+        """Every rank has the same state, so rank 0 saves alone, with no collective."""
+        self.next_checkpoint = time.monotonic() + 60 * self.config.checkpoint.every_minutes
+        if not self.world.is_main:
+            return
+        monitor.flush()
+        state = {
+            "trainer": self.trainer.state(),
+            "particles": self.trainer.plan.particles,
+            "half": torch.from_numpy(self.trainer.plan.half),
+            "config": OmegaConf.to_yaml(OmegaConf.structured(self.config)),
+            "seconds": self._seconds(),
+        }
+        checkpoint.save(self.run.checkpoints, self.trainer.progress.step, state, self.config.checkpoint.keep)
+
+    def _seconds(self) -> dict[str, float]:
+        """Over all resumed parts: wall and training seconds of the run, CPU seconds of this rank."""
+        return {
+            "wall": self.before["wall"] + time.perf_counter() - self.began,
+            "cpu": self.before["cpu"] + time.process_time(),
+            "training": self.before["training"] + self.training_seconds,
+        }
+
+    def _summary(self, evaluation: Evaluation | None) -> dict[str, Any]:
+        trainer, seconds = self.trainer, self._seconds()
+        ranks = distributed.gather_objects((time.process_time(), peak_memory_gib(self.world.device)), self.world)
+        summary = {
+            **(evaluation.summary() if evaluation else {}),
+            "particles": trainer.plan.particles,
+            "gaussians": trainer.reconstruction.mixture.gaussians,
+            "box": trainer.reconstruction.box,
+            "pixel_size_a": trainer.reconstruction.pixel_size_a,
+            "world_size": self.world.size,
+            "images_per_second": self.images_trained / self.training_seconds if self.training_seconds else None,
+            "cpu_seconds": self.before["cpu"] + sum(cpu for cpu, _ in ranks),
+            "wall_seconds": seconds["wall"],
+            "peak_memory_gib": sum(memory["cpu_max_rss"] for _, memory in ranks),
+            "peak_gpu_memory_gib": max((memory.get("gpu_max_reserved", 0.0) for _, memory in ranks), default=0.0),
+            "training_seconds": seconds["training"],
+            "epochs": self.config.train.epochs,
+            "steps": trainer.progress.step,
+            "mask": self.config.data.mask,
+            "halves": trainer.table.half_origin if self.config.maps.halves else None,
+            "run_dir": str(self.run.folder),
+        }
+        return distributed.broadcast_object(summary, self.world)
+
+    def _write(self, evaluation: Evaluation, summary: dict[str, Any]) -> None:
+        reconstruction = self.trainer.reconstruction
+        box, pixel_size_a = reconstruction.box, reconstruction.pixel_size_a
+        mixtures = {
+            name: {key: value.cpu().numpy() for key, value in reconstruction.mixture.export(m, box, pixel_size_a).items()}
+            for m, name in enumerate(evaluation.maps)
+        }
+        save_config(self.config, self.run.folder / "config.yaml")
+        write_run_outputs(
+            self.run.folder,
+            maps=evaluation.maps,
+            mixtures=mixtures,
+            curves=evaluation.curves,
+            summary=summary,
+            pixel_size_a=pixel_size_a,
+            metrics=read_metrics(self.run.folder / "metrics.csv"),
+            overwrite=True,
+        )
+
+
+def _hardware(world: distributed.World) -> str:
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    return (
+        f"{world.size} ranks ({world.launcher}, {world.backend}), {world.threads} CPU threads each, on {device}; "
+        f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}"
+    )
+
+
+def ending(summary: dict[str, Any]) -> str:
+    """The last words of a run: what came out, what it is worth, where it lies."""
+    folder = Path(summary["run_dir"])
+
+    def angstrom(name):
+        value, at_nyquist = summary.get(f"resolution_{name}_a"), summary.get(f"resolution_{name}_at_nyquist")
+        return "none" if value is None else f"{value:.2f} A" + (" (Nyquist)" if at_nyquist else "")
+
+    rows = [("Gaussians, particles", f"{summary['gaussians']:,} a model, {summary['particles']:,}")]
+    if summary.get("resolution_naive_a") is not None:
+        rows.append(("naive resolution", f"{angstrom('naive')} (half maps, FSC 0.143; not calibrated, so it says too much)"))
+    if summary.get("fsc_truth_mean") is not None:
+        rows.append(("against the truth", f"{angstrom('truth')} (FSC 0.5), mean FSC {summary['fsc_truth_mean']:.3f}"))
+    rate = summary.get("images_per_second")
+    rows += [
+        ("time", f"{summary['training_seconds']:.0f} s of training" + (f", {rate:.0f} images/s" if rate else "")),
+        ("memory", f"{summary['peak_memory_gib']:.2f} GiB over {summary['world_size']} ranks"),
+        ("map", str(folder / "map.mrc")),
+    ]
+    if summary.get("resolution_naive_a") is not None:
+        rows.append(("half maps", f"{folder / 'half_a.mrc'}, {folder / 'half_b.mrc'}"))
+    rows += [
+        ("Gaussians", f"{folder / 'gaussians.npz'}, .ply"),
+        ("plots", ", ".join(str(folder / name) for name in ("fsc.png", "sections.png", "projections.png", "loss.png"))),
+        ("numbers, logs", f"{folder / 'summary.json'}, fsc.csv, metrics.csv, run.log"),
+        ("watch it", f"tensorboard --logdir {folder / 'tensorboard'}"),
+    ]
+    return "\n".join(f"{name:>22}  {value}" for name, value in rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="YAML", help="differences from the defaults; a bare name is looked up in configs/")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="single settings, such as train.epochs=3")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the configuration, train, and print the ending (rank 0)."""
+    summary = train(load_config(args.config, args.settings))
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        print(ending(summary))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m cryosplat.train``; returns the exit code."""
+    from cryosplat.cli import run_command
+
+    parser = argparse.ArgumentParser(prog="python -m cryosplat.train", description=__doc__)
+    add_arguments(parser)
+    return run_command(run, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""The order of events in training, and nothing else."""
+
+import collections
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosplat import distributed
+from cryosplat.config import TrainConfig
+from cryosplat.dataset import Batch, ParticleDataset
+from cryosplat.errors import InputError, PeerError
+from cryosplat.optimiser import GatedAdam, learning_rate
+from cryosplat.particles import ParticleTable
+from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
+from cryosplat.sampling import BatchPlan
+
+logger = logging.getLogger(__name__)
+
+SIGN_PARTICLES = 1024
+"""Particles whose correlation with the random start sets the grey scale and tells the sign of the data."""
+
+SIGN_CERTAINTY = 6.0
+"""Standard errors at which the data are held to be of the other sign."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: ``step`` steps are done, of which ``step_in_epoch`` in ``epoch``."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+
+
+@dataclass
+class Report:
+    """What is known at every look at the losses (each ``log_every`` steps)."""
+
+    step: int
+    epoch: int
+    losses: dict[str, float]
+    learning_rate: float
+    images: int
+    seconds: float
+
+
+@dataclass
+class Trainer:
+    """Trains the mixtures of a reconstruction on a rank's particles.
+
+    Args:
+        world: the ranks and this one's device.
+        table: all particles (for names in messages).
+        dataset: this rank's.
+        plan: the batches, the same on all ranks.
+        reconstruction: on this rank's device, equal on all ranks.
+        config: of training.
+    """
+
+    world: distributed.World
+    table: ParticleTable
+    dataset: ParticleDataset
+    plan: BatchPlan
+    reconstruction: Reconstruction
+    config: TrainConfig
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self):
+        mixture = self.reconstruction.mixture
+        self.optimiser = GatedAdam(mixture.mixtures, self.config.lr)
+        self.wrapped = distributed.wrap(self.reconstruction, self.world)
+        self.mine = self.plan.owner(self.world.size) == self.world.rank
+        # Losses since the last look, on the device; the host reads them only then.
+        self._recent: collections.deque[tuple[int, np.ndarray, Tensor]] = collections.deque()
+        self._totals = torch.zeros(mixture.models, device=self.world.device)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * self.plan.batches
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the epoch's last step is done."""
+        return self.progress.step_in_epoch == self.plan.batches
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+    def set_scale(self, check_sign: bool) -> None:
+        """Fit each model's grey scale to its images, at the random start.
+
+        Raises:
+            InputError: the images are clearly of the other sign, and ``check_sign``.
+        """
+        mixture = self.reconstruction.mixture
+        rng = np.random.default_rng([self.config.seed, 7])
+        chosen = np.sort(rng.permutation(self.plan.particles)[:SIGN_PARTICLES])
+        sums = torch.zeros(3, mixture.models, dtype=torch.float64)
+        for ids in np.split(chosen[self.mine[chosen]], range(64, SIGN_PARTICLES, 64)):
+            if len(ids):
+                sums += torch.stack(self.reconstruction.fit_unit(self._batch(ids))).double().cpu()
+        xy, xx, xy2 = distributed.sum_over_ranks(sums, self.world)
+        certainty = xy / xy2.sqrt().clamp(min=1e-30)  # of a sum of independent terms of unknown spread
+        logger.info("sign of the data: %+.1f standard errors", float(certainty[0]))
+        if check_sign and float(certainty[0]) < -SIGN_CERTAINTY:
+            raise InputError(
+                f"the images look inverted: their correlation with density at the centre is "
+                f"{float(certainty[0]):.1f} standard errors. Set data.invert to its opposite (true for particles white "
+                f"on dark), or data.check_sign=false if you know better"
+            )
+        # A scale near zero would freeze amplitudes; the sign is fixed by the data's convention.
+        scale = (xy / xx).abs().clamp(min=1e-3)
+        mixture.unit.copy_(scale.float())
+
+    def state(self) -> dict:
+        """Everything that training goes on from. Batches and the random start are functions of the seed, so no
+        generator has a state to keep."""
+        mixture = self.reconstruction.mixture
+        return {
+            "mixtures": [parameter.detach().cpu().clone() for parameter in mixture.mixtures],
+            "unit": mixture.unit.cpu(),
+            "optimiser": self.optimiser.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Go on from ``state()``, on any number of ranks."""
+        mixture = self.reconstruction.mixture
+        with torch.no_grad():
+            for parameter, saved in zip(mixture.mixtures, state["mixtures"], strict=True):
+                parameter.copy_(saved)
+            mixture.unit.copy_(state["unit"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.progress = Progress(**state["progress"])
+
+    def run_epoch(self, on_report) -> None:
+        """Train to the end of the current epoch, calling ``on_report(Report)`` every ``log_every`` steps.
+
+        Raises:
+            InputError: a value that is not finite, on all ranks together, before it reached a parameter.
+        """
+        batches = self.plan.epoch(self.progress.epoch)
+        began, images = time.perf_counter(), 0
+        for ids in batches[self.progress.step_in_epoch :]:
+            rate = learning_rate(self.config, self.progress.step / self.total_steps, self.progress.epoch)
+            self._step(ids, rate)
+            images += len(ids)
+            self.progress.step += 1
+            self.progress.step_in_epoch += 1
+            last = self.progress.step_in_epoch == len(batches)
+            if self.progress.step % self.config.log_every == 0 or last:
+                losses = self._look()
+                now = time.perf_counter()
+                on_report(Report(self.progress.step, self.progress.epoch, losses, rate, images, now - began))
+                began, images = now, 0
+        self.progress.epoch += 1
+        self.progress.step_in_epoch = 0
+
+    def _step(self, ids: np.ndarray, rate: float) -> None:
+        """One batch: forward, backward (with DDP's all-reduce), update."""
+        batch = self._batch(ids[self.mine[ids]])
+        counts = self._counts(ids)
+        self.optimiser.zero_grad()
+        self.reconstruction.ledger.grad = None
+        objective, losses = self.wrapped(batch, counts)
+        objective.backward()
+        # After DDP's average the ledger's gradient is each model's loss over all ranks, see Reconstruction.
+        ledger = self.reconstruction.ledger.grad
+        self.optimiser.step(rate, ledger, counts)
+        self.reconstruction.mixture.stay_in_bounds()
+        self._totals += ledger
+        self._recent.append((self.progress.step, batch.ids, losses))
+
+    def _look(self) -> dict[str, float]:
+        """Read the device: mean losses since the last look, or the end of the run if something was not finite."""
+        if self.optimiser.blocked():
+            self._stop_for_non_finite()
+        mean = (self._totals / max(len(self._recent), 1)).tolist()
+        self._totals.zero_()
+        self._recent.clear()
+        return dict(zip(MODEL_NAMES, mean, strict=False))
+
+    def _stop_for_non_finite(self) -> None:
+        """Every rank comes here at the same look: name the first step and particle, from whichever rank has it."""
+        found = None
+        for step, ids, losses in self._recent:
+            bad = ~torch.isfinite(losses).all(0)
+            if bool(bad.any()):
+                particle = int(ids[int(bad.nonzero()[0])])
+                found = (step, self.table.location(particle))
+                break
+        first = min((f for f in distributed.gather_objects(found, self.world) if f), default=None)
+        if first is None:
+            what = f"the gradient became non-finite by step {self.progress.step - 1}, though every particle's loss is finite"
+        else:
+            what = f"the loss became non-finite at step {first[0]}, particle {first[1]}"
+        error = InputError if self.world.is_main else PeerError
+        raise error(
+            f"{what}. No parameter was changed by it. Remove the particle if its image, pose or CTF is wrong; "
+            f"otherwise lower train.lr"
+        )
+
+    def _counts(self, ids: np.ndarray) -> list[int]:
+        in_b = int(self.plan.half[ids].sum())
+        return [len(ids), len(ids) - in_b, in_b][: self.reconstruction.mixture.models]
+
+    def _batch(self, ids: np.ndarray) -> Batch:
+        return self.dataset.batch(ids, self.world.device)

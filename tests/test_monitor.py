@@ -1,0 +1,336 @@
+"""What is logged can be read back, once and only once for every step, over any number of resumed parts."""
+
+import fcntl
+import logging
+import os
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cryosplat.errors import InputError
+from cryosplat.fsc import FscCurve
+from cryosplat.metrics import COLUMNS, read_metrics
+from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
+
+BOX = 24
+
+
+def log_step(monitor, step, loss=None, halves=True):
+    loss = 1 / step if loss is None else loss
+    losses = {"full": loss, "half_a": loss + 0.1, "half_b": loss + 0.2} if halves else {"full": loss}
+    monitor.step(step, step // 10, losses, 1e-3, 812.5, {"cpu_max_rss": 1.5, "gpu_max_reserved": 0.25})
+
+
+def log_evaluation(monitor, step, box=BOX, truth=True):
+    rng = np.random.default_rng(step)
+    names = ("half_maps", "truth") if truth else ("half_maps",)
+    curves = {name: FscCurve(np.linspace(1, 0, box // 2 + 1), box, 2.0) for name in names}
+    resolutions = {"naive_half_map_0.143": 7.25, "truth_0.5": 8.5 if truth else None}
+    maps = {"full": rng.standard_normal((box, box, box))}
+    particle = tuple(rng.standard_normal((3, box, box)))
+    monitor.evaluation(step, step // 10, curves, resolutions, maps, particle, 2.0)
+
+
+def events(run_dir):
+    """Everything in the event files: loaders differ in what they purge, so there must be nothing to purge."""
+    everything = {"scalars": 0, "images": 0, "tensors": 0}
+    accumulator = EventAccumulator(str(run_dir / "tensorboard"), size_guidance=everything, purge_orphaned_data=False)
+    accumulator.Reload()
+    return accumulator
+
+
+def run(run_dir, steps, total=100, **how):
+    with Monitor(run_dir, total, quiet=True, **how) as monitor:
+        for step in steps:
+            log_step(monitor, step)
+
+
+def test_every_tag_is_in_the_event_file_with_its_unit(tmp_path):
+    with Monitor(tmp_path, 20, quiet=True) as monitor:
+        monitor.text("run/config", "    train:\n      lr: 0.003")
+        monitor.text("run/hardware", "2 cores")
+        log_step(monitor, 10)
+        log_evaluation(monitor, 10)
+    found = events(tmp_path)
+    assert sorted(found.Tags()["scalars"]) == sorted(
+        [
+            "loss/full",
+            "loss/half_a",
+            "loss/half_b",
+            "train/learning_rate",
+            "throughput/images_per_second",
+            "memory/cpu_max_rss(GiB)",
+            "memory/gpu_max_reserved(GiB)",
+            "resolution/naive_half_map_0.143(A)",
+            "resolution/truth_0.5(A)",
+            "fsc/mean_half_maps",
+            "fsc/mean_truth",
+        ]
+    )
+    assert sorted(found.Tags()["images"]) == [
+        "fsc/curves", "map/projections", "map/sections", "particles/particle_projection_residual",
+    ]  # fmt: skip
+    assert sorted(found.Tags()["tensors"]) == ["run/config/text_summary", "run/hardware/text_summary"]
+    assert found.Scalars("resolution/truth_0.5(A)")[0].value == 8.5
+    assert found.Scalars("fsc/mean_truth")[0].value == pytest.approx(np.linspace(1, 0, BOX // 2 + 1)[1:].mean())
+    assert b"lr: 0.003" in found.Tensors("run/config/text_summary")[0].tensor_proto.string_val[0]
+    image = found.Images("map/sections")[0]
+    assert image.step == 10 and image.width > image.height > 200
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_an_unknown_resolution_is_left_out_and_not_logged_as_nan(tmp_path):
+    with Monitor(tmp_path, 20, quiet=True) as monitor:
+        log_evaluation(monitor, 10, truth=False)
+    tags = events(tmp_path).Tags()["scalars"]
+    assert "resolution/truth_0.5(A)" not in tags and "fsc/mean_truth" not in tags
+
+
+def test_an_evaluation_of_a_real_box_takes_less_than_a_megabyte(tmp_path):
+    with Monitor(tmp_path, 20, quiet=True) as monitor:
+        log_evaluation(monitor, 10, box=128)
+    assert sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir()) < 1e6  # of pure noise, the worst
+
+
+def test_a_resumed_run_continues_its_curves_without_a_duplicate_or_a_gap(tmp_path):
+    with Monitor(tmp_path, 100, quiet=True) as monitor:
+        for step in (10, 20, 30, 40):
+            log_step(monitor, step)
+            if step in (20, 40):
+                log_evaluation(monitor, step)
+    with Monitor(tmp_path, 100, start_step=20, resumed=True, quiet=True) as monitor:
+        for step in (30, 40):
+            log_step(monitor, step, loss=9)
+            if step == 40:
+                log_evaluation(monitor, step)
+    run(tmp_path, [50], start_step=40, resumed=True)
+    found = events(tmp_path)
+    assert [event.step for event in found.Scalars("loss/full")] == [10, 20, 30, 40, 50]
+    assert [event.value for event in found.Scalars("loss/full")] == pytest.approx([0.1, 0.05, 9, 9, 0.02])
+    assert [event.step for event in found.Images("map/sections")] == [20, 40]
+    assert [event.step for event in found.Scalars("resolution/truth_0.5(A)")] == [20, 40]
+    metrics = read_metrics(tmp_path / "metrics.csv")
+    assert metrics["step"].tolist() == [10, 20, 30, 40, 50]
+    assert metrics["loss_full"].tolist() == pytest.approx([0.1, 0.05, 9, 9, 0.02])
+    assert (np.diff(metrics["seconds"]) >= 0).all()
+
+
+def test_seconds_go_on_where_the_resumed_run_stopped(tmp_path):
+    run(tmp_path, [10])
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    lines[1] = lines[1].rpartition(",")[0] + ",5000.5"
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    run(tmp_path, [20], start_step=10, resumed=True)
+    first, second = read_metrics(tmp_path / "metrics.csv")["seconds"]
+    assert first == 5000.5 and 5000.5 <= second < 5060
+
+
+@pytest.mark.parametrize("torn", ["30,3,0.0", "30,3,0.1,0.2,0.3,0.001,812.5,1.5,0.25,12.3", "\x00" * 40, "3"])
+def test_a_line_that_a_kill_tore_is_not_read_and_is_gone_after_resuming(tmp_path, torn):
+    run(tmp_path, [10, 20])
+    with open(tmp_path / "metrics.csv", "a") as handle:
+        handle.write(torn)
+    assert read_metrics(tmp_path / "metrics.csv")["step"].tolist() == [10, 20]
+    run(tmp_path, [30], start_step=20, resumed=True)
+    text = (tmp_path / "metrics.csv").read_text()
+    assert text.count("\n") == 4 and "\x00" not in text
+    assert read_metrics(tmp_path / "metrics.csv")["step"].tolist() == [10, 20, 30]
+
+
+def test_metrics_hold_every_column_and_nothing_for_what_there_is_not(tmp_path):
+    with Monitor(tmp_path, 20, quiet=True) as monitor:
+        monitor.step(10, 0, {"full": 0.5}, 1e-3, 100.0, {"cpu_max_rss": 1.5})
+        line = (tmp_path / "metrics.csv").read_text().splitlines()[1]  # there while the run goes on
+    assert line.startswith("10,0,0.5,,,0.001,100.0,1.5,,")
+    metrics = read_metrics(tmp_path / "metrics.csv")
+    assert tuple(metrics) == COLUMNS
+    assert np.isnan(metrics["loss_half_a"][0]) and np.isnan(metrics["gpu_max_reserved_gib"][0])
+
+
+def test_metrics_of_a_run_without_a_step_are_empty(tmp_path):
+    run(tmp_path, [])
+    assert all(len(column) == 0 for column in read_metrics(tmp_path / "metrics.csv").values())
+
+
+def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path):
+    run(tmp_path, [10, 20])
+    whole = (tmp_path / "metrics.csv").read_text()
+    (tmp_path / "metrics.csv").write_text(whole.replace("20,2,", "20,two,"))
+    with pytest.raises(InputError, match=r"metrics\.csv, line 3: expected 10 numbers"):
+        run(tmp_path, [30], start_step=20, resumed=True)
+    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="expected the columns step,epoch"):
+        read_metrics(tmp_path / "metrics.csv")
+    with pytest.raises(InputError, match="cannot read"):
+        read_metrics(tmp_path / "none.csv")
+
+
+def test_a_run_directory_in_use_is_refused_and_left_as_it_is(tmp_path):
+    run(tmp_path, [10])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match=r"metrics\.csv exists already; choose another run_dir, or resume"):
+        Monitor(tmp_path, 100)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_the_log_file_has_all_messages_and_is_appended_to_on_resuming(tmp_path):
+    with Monitor(tmp_path, 100, quiet=True) as monitor:
+        logging.getLogger("cryosplat.trainer").info("three models of 2048 Gaussians")
+        log_step(monitor, 10)
+        log_evaluation(monitor, 10)
+    run(tmp_path, [100], start_step=10, resumed=True)
+    logging.getLogger("cryosplat").info("after the end")
+    text = (tmp_path / "run.log").read_text()
+    for part in (
+        "INFO three models",
+        "step 10 of 100, epoch 1, loss 0.1, 812.5 images/s",
+        "after epoch 1, step 10: resolution naive half map 0.143 7.25 A, resolution truth 0.5 8.50 A",
+        "resumed after step 10 of 100",
+        "step 100 of 100",
+    ):
+        assert text.count(part) == 1, part
+    assert "after the end" not in text
+
+
+def console(caplog):
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, caplog, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with caplog.at_level(logging.INFO), Monitor(tmp_path, 100) as monitor:
+        for step in range(1, 101):
+            clock[0] += 1
+            log_step(monitor, step)
+    lines = console(caplog)
+    assert [line.split(",")[0] for line in lines] == [f"step {step} of 100" for step in (1, 31, 61, 91, 100)]
+    assert lines[1].endswith("01:09 to go")  # 69 steps of a second
+
+
+def test_quiet_is_quiet_on_the_console(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, [10, 20])
+    assert console(caplog) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_on_a_terminal_progress_is_a_bar_and_messages_stand_above_it(tmp_path, monkeypatch):
+    reader, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    with open(terminal, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        handler = logging.StreamHandler(stream)
+        logging.getLogger("cryosplat").addHandler(handler)
+        with Monitor(tmp_path, 100, start_step=40, resumed=True) as monitor:
+            log_step(monitor, 60)
+            logging.getLogger("cryosplat.trainer").info("a message")
+            log_step(monitor, 100)
+        assert logging.getLogger("cryosplat").handlers[-1] is handler
+        logging.getLogger("cryosplat").removeHandler(handler)
+        shown = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert "100/100" in shown and "loss 0.01, 812.5 images/s" in shown
+    assert "a message\r\n" in shown and "step 60 of 100" not in shown
+    assert "step 60 of 100" in (tmp_path / "run.log").read_text()
+
+
+def test_closing_twice_and_leaving_by_an_error_leave_nothing_behind(tmp_path):
+    handlers, hook, threads = (
+        list(logging.getLogger("cryosplat").handlers),
+        threading.excepthook,
+        threading.active_count(),
+    )
+    with pytest.raises(KeyError), Monitor(tmp_path, 100) as monitor:
+        log_step(monitor, 10)
+        raise KeyError
+    monitor.close()
+    assert logging.getLogger("cryosplat").handlers == handlers
+    assert threading.excepthook is hook and threading.active_count() == threads
+    assert read_metrics(tmp_path / "metrics.csv")["step"].tolist() == [10]
+    assert [event.step for event in events(tmp_path).Scalars("loss/full")] == [10]
+
+
+FULL_DISK = """
+import logging, pathlib, resource, sys
+sys.path.insert(0, {tests!r})
+from test_monitor import log_evaluation, log_step
+from cryosplat.errors import InputError
+from cryosplat.metrics import COLUMNS
+from cryosplat.monitor import Monitor
+logging.basicConfig(level=logging.INFO)
+if {what!r} == "metrics.csv":  # it has to fill before the event file does
+    rows = [",".join(COLUMNS)] + [f"{{step}},0,0.1234567890,,,,,,,1" for step in range(1, 651)]
+    pathlib.Path({run_dir!r}, "metrics.csv").write_text("\\n".join(rows) + "\\n")
+try:
+    with Monitor({run_dir!r}, 10000, 650, resumed=True, quiet={what!r} != "run.log") as monitor:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        for step in range(651, 10000):
+            if {what!r} == "metrics.csv":
+                log_step(monitor, step)
+            elif {what!r} == "run.log":
+                logging.getLogger("cryosplat").info("step %d", step)
+            else:
+                log_evaluation(monitor, step)
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("what", ["metrics.csv", "run.log", "tensorboard"])
+def test_a_full_disk_is_one_clear_error_without_a_traceback(tmp_path, what):
+    # A limit on the size of files stands for a full disk: the same refusal, and no need for a file system of our own.
+    script = FULL_DISK.format(tests=os.path.dirname(__file__), run_dir=str(tmp_path), what=what)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cannot write") and what in done.stdout and done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_resumed_run_survives_an_event_file_that_a_kill_tore(tmp_path):
+    run(tmp_path, [10, 20, 30])
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.write_bytes(file.read_bytes()[:-11])
+    run(tmp_path, [30, 40], start_step=20, resumed=True)
+    found = events(tmp_path)
+    assert [event.step for event in found.Scalars("loss/full")] == [10, 20, 30, 40]
+
+
+def test_the_monitor_of_other_ranks_does_nothing_and_takes_the_same_calls(tmp_path):
+    public = {name for name in vars(Monitor) if not name.startswith("_")} | {"__enter__", "__exit__"}
+    assert all(callable(getattr(NullMonitor, name)) for name in public)
+    with NullMonitor(tmp_path, 100, start_step=0, resumed=False, quiet=True) as monitor:
+        log_step(monitor, 10)
+        log_evaluation(monitor, 10)
+        monitor.text("run/config", "x")
+        monitor.flush()
+    monitor.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peak_memory_is_that_of_this_process_in_gib():
+    before = peak_memory_gib("cpu")
+    assert set(before) == {"cpu_max_rss"}
+    assert 0.02 < before["cpu_max_rss"] < 64
+    held = torch.ones(50_000_000)  # 0.19 GiB
+    grown = peak_memory_gib("cpu")["cpu_max_rss"]
+    assert grown >= max(before["cpu_max_rss"], held.numel() * 4 / 2**30)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_peak_memory_of_a_gpu_counts_what_was_reserved():
+    held = torch.ones(50_000_000, device="cuda")
+    assert peak_memory_gib("cuda")["gpu_max_reserved"] >= held.numel() * 4 / 2**30
+
+
+def test_importing_the_monitor_does_not_import_tensorboard():
+    code = "import sys, cryosplat.monitor; sys.exit('tensorboard' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(os.path.dirname(__file__))).returncode == 0
