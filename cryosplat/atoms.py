@@ -168,7 +168,7 @@ def _sum_atoms(atoms: Atoms, positions: np.ndarray, b_factors: np.ndarray, field
     calculator.grid.set_size(fine, fine, fine)
     calculator.cutoff = GAUSSIAN_CUTOFF
     calculator.add_model_density_to_grid(model)
-    return np.array(calculator.grid, copy=False)
+    return np.asarray(calculator.grid)
 
 
 def _squared_frequency(box: int, pixel_size_a: float) -> np.ndarray:

@@ -18,6 +18,9 @@ IMAGES_PER_READ = 256
 HALF_PRECISION_MAX = 6.0e4
 """Largest magnitude trusted to float16, whose own limit is 65504."""
 
+FIRST_NOISE_SHELL = 2
+"""Of white noise whose mean over the corners was subtracted, shell 0 has none left, shell 1 70 % and shell 2 all."""
+
 
 @dataclass
 class Batch:
@@ -210,6 +213,8 @@ def noise_weights(power: np.ndarray, count: np.ndarray, box: int) -> Tensor:
     weights = []
     for h in (0, 1):
         radial = power[h] / max(count[h], 1)
+        # Each image's background was taken off, and with it its noise in the first shells.
+        radial[:FIRST_NOISE_SHELL] = radial[FIRST_NOISE_SHELL]
         weight = 1.0 / radial[np.minimum(shells, len(radial) - 1)]
         weights.append(weight / weight.mean())
     return torch.from_numpy(np.stack(weights)).float()

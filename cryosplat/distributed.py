@@ -334,6 +334,11 @@ def together(work: Callable[[], Result], world: World) -> Result:
     return result
 
 
+def common_error(message: str, world: World) -> InputError:
+    """The error for something all ranks have found alike, to be raised by each: rank 0 alone says it."""
+    return InputError(message) if world.is_main else PeerError(message)
+
+
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     sum_over_ranks(torch.zeros(1), world)

@@ -316,7 +316,7 @@ def _touching_distance(there: np.ndarray, coming: np.ndarray, direction: np.ndar
     across2 = (offset**2).sum(1) - along**2
     # A pair is too near between the two points where the line meets the sphere of the gap; the outer one counts.
     meets = across2 < SUBUNIT_GAP_A**2
-    return float((np.sqrt(SUBUNIT_GAP_A**2 - across2[meets]) - along[meets]).max() / length)
+    return float(np.max(np.sqrt(SUBUNIT_GAP_A**2 - across2[meets]) - along[meets], initial=0.0) / length)
 
 
 def _with_side_chains(rng: np.random.Generator, chains: list) -> Atoms:

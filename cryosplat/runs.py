@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,16 @@ class RunState:
 
 
 def open_run(config: Config) -> RunState:
-    """Make the run directory, or find what is in it; on one rank only.
+    """Find what is in the run directory, and write nothing yet; on one rank only.
 
     Raises:
-        InputError: the directory holds something else, a run with other settings, or any run with resume=never.
+        InputError: the directory holds something else, a run with other settings, or any run with resume=never; or it
+            cannot be made.
     """
     folder = Path(config.run_dir).expanduser()
     saved = folder / "config.yaml"
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"run_dir: cannot make {folder}: {error.strerror}") from error
-        save_config(config, saved)
+        _require_writable(folder)
         return RunState(folder)
     if not saved.is_file():
         raise InputError(f"run_dir: {folder} exists and is no run of cryosplat (it has no config.yaml); choose another")
@@ -64,6 +62,30 @@ def open_run(config: Config) -> RunState:
         logger.info("%s: a run that had no checkpoint yet; it starts anew", folder)
         return run
     return RunState(folder, resumed=True, state=checkpoint.load(run.checkpoints))
+
+
+def begin_run(config: Config, run: RunState) -> None:
+    """Make the directory of a new run and put its settings there; on one rank only.
+
+    Called when the input is known to be good: settings that have to be mended must not stand in the way of the mended
+    ones.
+
+    Raises:
+        InputError: the directory cannot be made or written to.
+    """
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir: cannot make {run.folder}: {error.strerror}") from error
+    save_config(config, run.folder / "config.yaml")
+
+
+def _require_writable(folder: Path) -> None:
+    """Said now, and not after all images have been read."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "is not writable" if place.is_dir() else "is not a folder"
+        raise InputError(f"run_dir: cannot make {folder}: {place} {what}; choose another run_dir")
 
 
 def _refuse_changes(before: Config, now: Config, folder: Path) -> None:

@@ -42,7 +42,7 @@ class BatchPlan:
         ids, place, shard = [], [], []
         for s, members in enumerate(self._members):
             rng = np.random.default_rng([self.seed, epoch, s])
-            merged = _merge(*(rng.permutation(m) for m in members), second_first=bool(s % 2))
+            merged = _merge(*(rng.permutation(m) for m in members), shard=s)
             ids.append(merged)
             place.append((np.arange(len(merged)) + 0.5) / max(len(merged), 1))
             shard.append(np.full(len(merged), s))
@@ -62,8 +62,19 @@ def _deal(half: np.ndarray, seed: int) -> np.ndarray:
     return shard
 
 
-def _merge(first: np.ndarray, second: np.ndarray, second_first: bool) -> np.ndarray:
-    """Both halves spread evenly over one list, so that every stretch of it has its share of each."""
-    keys = [(np.arange(len(part)) + 0.5) / max(len(part), 1) for part in (first, second)]
-    tie_break = np.repeat([1, 0] if second_first else [0, 1], [len(first), len(second)])
-    return np.concatenate([first, second])[np.lexsort((tie_break, np.concatenate(keys)))]
+def _merge(first: np.ndarray, second: np.ndarray, shard: int) -> np.ndarray:
+    """Both halves spread evenly over one list, so that every stretch of it has its share of each.
+
+    A batch takes about the same stretch of many shards, often a single place of each. So where the
+    halves come in the list is staggered from shard to shard, by the shard's bits in reverse: any run of
+    neighbouring shards then has, at the same place, both halves in the right proportion.
+    """
+    count = len(first) + len(second)
+    reversed_bits = int(f"{shard:0{VIRTUAL_SHARDS.bit_length() - 1}b}"[::-1], 2)
+    # How many of the second half come before each place, in integers so that the total is exact.
+    scaled = np.arange(count + 1) * len(second) * VIRTUAL_SHARDS + reversed_bits * count
+    before = scaled // max(count * VIRTUAL_SHARDS, 1)
+    is_second = np.diff(before) == 1
+    merged = np.empty(count, dtype=np.int64)
+    merged[is_second], merged[~is_second] = second, first
+    return merged

@@ -50,11 +50,12 @@ class FourierSlicer:
         self.box = volume.shape[0]
         self._padded = PADDING * self.box
         correction = 1 / _kernel_transform((np.arange(self.box) - self.box // 2) / self._padded)
+        # The map's origin goes to index 0, its negative half to the end, as an FFT has them.
+        wrapped = (np.arange(self.box) - self.box // 2) % self._padded
         padded = np.zeros((self._padded,) * 3, dtype=np.float32)
-        start = self._padded // 2 - self.box // 2
-        inner = slice(start, start + self.box)
-        padded[inner, inner, inner] = volume * np.einsum("i,j,k->ijk", correction, correction, correction)
-        spectrum = torch.fft.rfftn(torch.fft.ifftshift(torch.from_numpy(padded)))
+        padded[np.ix_(wrapped, wrapped, wrapped)] = volume * np.einsum("i,j,k", correction, correction, correction)
+        spectrum = torch.fft.rfftn(torch.from_numpy(padded))
+        del padded
         table = _with_margins(spectrum)
         self._row, self._plane = table.shape[2], table.shape[1] * table.shape[2]
         self._table = torch.view_as_real(table).reshape(-1, 2)
@@ -113,9 +114,12 @@ def _with_margins(spectrum: torch.Tensor) -> torch.Tensor:
     left = torch.arange(margin, 0, -1)
     right = torch.arange(size // 2 - 1, size // 2 - margin - 2, -1)
     table = torch.empty(len(full), len(full), margin + size // 2 + 1 + len(right), dtype=spectrum.dtype)
-    table[:, :, margin : margin + size // 2 + 1] = spectrum[full][:, full]
-    table[:, :, :margin] = spectrum[:, :, left][opposite][:, opposite].conj()
-    table[:, :, margin + size // 2 + 1 :] = spectrum[:, :, right][opposite][:, opposite].conj()
+    # Plane by plane: the spectrum may be gigabytes, and indexing copies.
+    for plane, (here, there) in enumerate(zip(full.tolist(), opposite.tolist(), strict=True)):
+        table[plane, :, margin : margin + size // 2 + 1] = spectrum[here, full]
+        mirrored = spectrum[there, opposite].conj()
+        table[plane, :, :margin] = mirrored[:, left]
+        table[plane, :, margin + size // 2 + 1 :] = mirrored[:, right]
     return table
 
 

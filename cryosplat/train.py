@@ -24,7 +24,7 @@ from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.outputs import write_run_outputs
 from cryosplat.particles import ParticleTable, read_particles
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
-from cryosplat.runs import RunState, open_run
+from cryosplat.runs import RunState, begin_run, open_run
 from cryosplat.sampling import BatchPlan
 from cryosplat.trainer import Progress, Report, Trainer
 
@@ -68,6 +68,8 @@ class Run:
         )
         self.trainer = Trainer(world, table, dataset, plan, self._reconstruction(dataset, weights), config.train)
         self._start_or_resume()
+        if not run.resumed:
+            distributed.together(lambda: begin_run(config, run) if world.is_main else None, world)
 
     def train(self) -> dict[str, Any]:
         """Train, evaluate and save by epochs, then write the products; returns the summary."""
@@ -126,11 +128,14 @@ class Run:
         if state is None:
             self.trainer.set_scale(self.config.data.check_sign)
             return
-        if state["particles"] != self.trainer.plan.particles:
-            raise InputError(
-                f"{self.run.folder}: the run was trained on {state['particles']} particles, now there are "
-                f"{self.trainer.plan.particles}; choose another run_dir"
-            )
+        folder, plan = self.run.folder, self.trainer.plan
+        problem = None
+        if state["particles"] != plan.particles:
+            problem = f"the run was trained on {state['particles']} particles, now there are {plan.particles}"
+        elif not np.array_equal(state["half"].numpy(), plan.half):
+            problem = "particles have moved from one half to the other since the run began; its half maps would be void"
+        if problem:
+            raise distributed.common_error(f"{folder}: {problem}; choose another run_dir", self.world)
         self.trainer.load_state(state["trainer"])
 
     def _monitor(self):

@@ -13,7 +13,7 @@ from torch import Tensor
 from cryosplat import distributed
 from cryosplat.config import TrainConfig
 from cryosplat.dataset import Batch, ParticleDataset
-from cryosplat.errors import InputError, PeerError
+from cryosplat.errors import InputError
 from cryosplat.optimiser import GatedAdam, learning_rate
 from cryosplat.particles import ParticleTable
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 SIGN_PARTICLES = 1024
 """Particles whose correlation with the random start sets the grey scale and tells the sign of the data."""
+
+SIGN_BATCH = 64
+"""Particles compared at a time."""
 
 SIGN_CERTAINTY = 6.0
 """Standard errors at which the data are held to be of the other sign."""
@@ -96,27 +99,45 @@ class Trainer:
         """Fit each model's grey scale to its images, at the random start.
 
         Raises:
-            InputError: the images are clearly of the other sign, and ``check_sign``.
+            InputError: the images are clearly of the other sign, and ``check_sign``; a particle's loss is not finite.
         """
         mixture = self.reconstruction.mixture
-        rng = np.random.default_rng([self.config.seed, 7])
-        chosen = np.sort(rng.permutation(self.plan.particles)[:SIGN_PARTICLES])
-        sums = torch.zeros(3, mixture.models, dtype=torch.float64)
-        for ids in np.split(chosen[self.mine[chosen]], range(64, SIGN_PARTICLES, 64)):
-            if len(ids):
-                sums += torch.stack(self.reconstruction.fit_unit(self._batch(ids))).double().cpu()
-        xy, xx, xy2 = distributed.sum_over_ranks(sums, self.world)
+        mine = distributed.together(self._unit_sums, self.world)
+        xy, xx, xy2 = distributed.sum_over_ranks(mine, self.world)
         certainty = xy / xy2.sqrt().clamp(min=1e-30)  # of a sum of independent terms of unknown spread
         logger.info("sign of the data: %+.1f standard errors", float(certainty[0]))
         if check_sign and float(certainty[0]) < -SIGN_CERTAINTY:
-            raise InputError(
+            raise distributed.common_error(
                 f"the images look inverted: their correlation with density at the centre is "
                 f"{float(certainty[0]):.1f} standard errors. Set data.invert to its opposite (true for particles white "
-                f"on dark), or data.check_sign=false if you know better"
+                f"on dark), or data.check_sign=false if you know better",
+                self.world,
             )
         # A scale near zero would freeze amplitudes; the sign is fixed by the data's convention.
         scale = (xy / xx).abs().clamp(min=1e-3)
         mixture.unit.copy_(scale.float())
+
+    def _unit_sums(self) -> Tensor:
+        """Sums of ``fit_unit`` (3, M) over this rank's share of some particles of either half."""
+        rng = np.random.default_rng([self.config.seed, 7])
+        # Of either half, so that a small one is there too.
+        halves = [np.flatnonzero(self.plan.half == h) for h in (0, 1)]
+        chosen = np.sort(np.concatenate([rng.permutation(ids)[: SIGN_PARTICLES // 2] for ids in halves]))
+        mine = chosen[self.mine[chosen]]
+        sums = torch.zeros(3, self.reconstruction.mixture.models, dtype=torch.float64)
+        for start in range(0, len(mine), SIGN_BATCH):
+            batch = self._batch(mine[start : start + SIGN_BATCH])
+            terms = torch.stack(self.reconstruction.fit_unit(batch)).double().cpu()
+            if not bool(torch.isfinite(terms).all()):
+                with torch.no_grad():
+                    losses = self.reconstruction.view_losses(batch)
+                worst = int(losses.nan_to_num(nan=torch.inf).amax(0).argmax())
+                raise InputError(
+                    f"{self.table.location(int(batch.ids[worst]))}: its loss is not finite at the random start; its "
+                    f"image, pose or CTF is wrong: mend it, or leave the particle out with data.indices"
+                )
+            sums += terms
+        return sums
 
     def state(self) -> dict:
         """Everything that training goes on from. Batches and the random start are functions of the seed, so no
@@ -200,10 +221,10 @@ class Trainer:
             what = f"the gradient became non-finite by step {self.progress.step - 1}, though every particle's loss is finite"
         else:
             what = f"the loss became non-finite at step {first[0]}, particle {first[1]}"
-        error = InputError if self.world.is_main else PeerError
-        raise error(
+        raise distributed.common_error(
             f"{what}. No parameter was changed by it. Remove the particle if its image, pose or CTF is wrong; "
-            f"otherwise lower train.lr"
+            f"otherwise lower train.lr",
+            self.world,
         )
 
     def _counts(self, ids: np.ndarray) -> list[int]:

@@ -1,5 +1,6 @@
 """What runs on the nodes: one training run that can be pickled and, when Slurm takes its nodes away, goes on later."""
 
+import argparse
 import dataclasses
 import sys
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 from submitit.helpers import DelayedSubmission
 
 from cryosplat.config import Config
-from cryosplat.errors import InputError
 
 
 @dataclasses.dataclass
@@ -17,13 +17,16 @@ class TrainingJob:
     config: Config
 
     def __call__(self) -> dict[str, Any]:
-        from cryosplat.train import train  # here and not above, so that submitting needs neither PyTorch nor the core
+        # Here and not above, so that submitting needs neither PyTorch nor the compiled core.
+        from cryosplat.cli import run_command
+        from cryosplat.train import ending, train
 
-        try:
-            return train(self.config)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+        summary: dict[str, Any] = {}
+        status = run_command(lambda _: summary.update(train(self.config)), argparse.Namespace())
+        if status:
+            sys.exit(status)
+        print(ending(summary), flush=True)
+        return summary
 
     def checkpoint(self) -> DelayedSubmission:
         """submitit asks this at a time limit or a preemption: the same job again, from the last checkpoint."""

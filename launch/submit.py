@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"job {job.job_id} submitted\n  run directory: {Path(config.run_dir).absolute()}\n  log: {log_path(job)}")
-    print(f"  TensorBoard: tensorboard --logdir {config.run_dir}", flush=True)
+    print(f"  TensorBoard: tensorboard --logdir {Path(config.run_dir) / 'tensorboard'}", flush=True)
     return follow(job) if cluster == "local" else 0
 
 
@@ -137,7 +137,9 @@ def minutes(text: str) -> int:
 def submit(config: Config, cluster: str, resources: dict[str, Any]) -> submitit.Job:
     # By value: the nodes need not be able to import this folder, only the installed package.
     cloudpickle.register_pickle_by_value(sys.modules[TrainingJob.__module__])
-    folder = Path(config.run_dir).absolute() / "submitit" / "%j"
+    # Beside the run directory, not in it: a folder that is in use already is no place for a new run.
+    run = Path(config.run_dir).absolute()
+    folder = run.with_name(f"{run.name}-jobs") / "%j"
     if cluster == "slurm":
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=INTERRUPTIONS)
     else:

@@ -94,12 +94,20 @@ def kind_cases(kind: str, cutoff: float):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cutoff", [0.4, 3.5, 4.8, 9.0])
+@pytest.mark.parametrize("cutoff", [0.4, 3.5, 9.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_gaussian_agrees_at_each_cutoff(kind, cutoff, dtype):
     (images, expected_images), (volume, expected_volume) = kind_cases(kind, cutoff)
     assert_agrees(run_splat(ops, images, dtype), expected_images, images, dtype)
     assert_agrees(run_voxelise(ops, volume, dtype), expected_volume, volume, dtype)
+
+
+@functools.cache
+def lone_case(kind: str, cutoff: float) -> tuple[Case, torch.Tensor]:
+    """101 mixtures of one Gaussian, each seen in one view (101 is odd, so `draw` shows every model), and the images."""
+    case = draw(40, 1, 101, 101, seed=11, cutoff=cutoff, kinds=(kind,))
+    inputs = (case.means, case.covariances, case.amplitudes, case.rotations, case.shifts, case.model)
+    return case, reference.splat(*inputs, case.box, case.cutoff)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,10 +119,9 @@ def test_every_one_of_many_gaussians_agrees_alone(kind, cutoff, dtype):
     One Gaussian to a mixture, so that none hides behind others; the error is relative to the norm of the whole
     Gaussian, of which the image may show a tail only.
     """
-    case = draw(40, 1, 200, 200, seed=11, cutoff=cutoff, kinds=(kind,))
-    inputs = [(*case.mixture(t), *case.poses(t), case.model, case.box, case.cutoff) for t in (dtype, torch.float64)]
-    with torch.no_grad():
-        errors = (ops.splat(*inputs[0]).double() - reference.splat(*inputs[1])).flatten(1).norm(dim=1)
+    case, expected = lone_case(kind, cutoff)
+    images = ops.splat(*case.mixture(dtype), *case.poses(dtype), case.model, case.box, case.cutoff).detach()
+    errors = (images.double() - expected).flatten(1).norm(dim=1)
     rows, matrices = case.rotations[:, :2], reference.symmetric_matrices(case.covariances)[case.model, 0]
     areas = torch.linalg.det(rows @ matrices @ rows.mT).sqrt()
     norms = case.amplitudes[case.model, 0].abs() / (4 * math.pi * areas).sqrt()

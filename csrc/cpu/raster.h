@@ -25,40 +25,69 @@ struct Footprint {
   // q = dx^2 / C_xx + p_yy (dy + slope dx)^2, slope = -C_xy / C_xx: a sum of squares, so that
   // thin tilted Gaussians lose no digits to cancellation.
   Scalar inverse_xx, slope, p_yy;
-  Scalar peak;  // the visitors' business: the walk is of unit height
+  Scalar decay;  // exp(-p_yy)
   bool steep;
 };
 
-// The exponent q/2 is largest at two corners of the cut-off's rectangle, cutoff^2 / (1 - |rho|).
+// The exponent q/2 is largest at two corners of the cut-off's rectangle, cutoff^2 / (1 - |rho|);
+// so steep means |rho| > 1 - cutoff^2 / steepest_exponent.
 template <class T>
 inline auto is_steep(T cxx, T cxy, T cyy, double cutoff) {
-  const T rho = larger(cxy, -cxy) / square_root(cxx * cyy);
-  return (1.0 - rho) * steepest_exponent < T{} + cutoff * cutoff;
+  const double mildest = 1.0 - cutoff * cutoff / steepest_exponent;
+  return cxy * cxy > cxx * cyy * (mildest > 0 ? mildest * mildest : -1.0);
+}
+
+// A vector of columns of a footprint, at a row where the recurrence starts.
+template <class Scalar>
+struct Columns {
+  Vector<Scalar> dx, inside;  // offset from the mean; 1 in lanes of the footprint, else 0
+  Vector<Scalar> g, r;        // see walk
+};
+
+// g and r of the columns at row y.
+template <class Scalar>
+inline __attribute__((always_inline)) void start_at(const Footprint<Scalar>& f, int y, Columns<Scalar>& c) {
+  const Vector<Scalar> e = c.dx * f.slope + (static_cast<Scalar>(y - f.y0) - f.mean_y);
+  c.g = c.inside * exponential<Scalar>((c.dx * c.dx * f.inverse_xx + e * e * f.p_yy) * Scalar(-0.5));
+  c.r = exponential<Scalar>((e + Scalar(0.5)) * -f.p_yy);
+}
+
+// The first of the columns whose vector begins with column `first` of the footprint. The vector is
+// moved left where it would reach beyond a row of `stride` elements.
+template <class Scalar>
+inline int vector_start(int first, int stride) {
+  return first < stride - lanes<Scalar> ? first : stride - lanes<Scalar>;
+}
+
+template <class Scalar>
+inline __attribute__((always_inline)) Columns<Scalar> columns_from(const Footprint<Scalar>& f, int first, int stride) {
+  typedef Vector<Scalar> V;
+  const V zero{};
+  const V offset = ramp<Scalar>() + static_cast<Scalar>(vector_start<Scalar>(first, stride) - f.x0);
+  const Scalar from = static_cast<Scalar>(first - f.x0), last = static_cast<Scalar>(f.x1 - f.x0);
+  Columns<Scalar> c;
+  c.inside = (offset >= from) & (offset <= last) ? zero + Scalar(1) : zero;
+  // Lanes outside follow the nearest column of the footprint, so that nothing overflows in them.
+  c.dx = larger(smaller(offset - f.mean_x, zero + (last - f.mean_x)), zero - f.mean_x);
+  start_at(f, f.y0, c);
+  return c;
 }
 
 // Calls visit.row(y, x, dy, g) for rows row_begin..row_end-1 of the footprint, a
 // vector of columns from x at a time; lanes outside the footprint have g = 0.
 // visit.columns(dx) precedes and visit.done() follows the rows of each vector.
 // `stride` >= lanes is the length of a row in memory: no vector reaches beyond it.
+// `c` holds the footprint's first columns: callers prepare several Gaussians'
+// before they walk, since two exponentials are a long wait right after a branch.
 //
 // With e = dy + slope dx, q = dx^2 / C_xx + p_yy e^2 and g = exp(-q/2):
 //   g(y+1) = g(y) r(y),   r(y) = exp(-p_yy (e + 1/2)),   r(y+1) = r(y) exp(-p_yy)
 template <class Scalar, class Visitor>
-inline __attribute__((always_inline)) void walk(const Footprint<Scalar>& f, int stride, int row_begin, int row_end,
-                                                Visitor& visit) {
-  typedef Vector<Scalar> V;
-  const V zero{};
-  const Scalar last_dx = static_cast<Scalar>(f.x1 - f.x0) - f.mean_x;
-  const V decay = exponential<Scalar>(zero - f.p_yy);
-  for (int first = f.x0; first <= f.x1; first += lanes<Scalar>) {
-    const int x = first < stride - lanes<Scalar> ? first : stride - lanes<Scalar>;
-    const V offset = ramp<Scalar>() + static_cast<Scalar>(x - f.x0);
-    const auto inside = (offset >= static_cast<Scalar>(first - f.x0)) & (offset <= static_cast<Scalar>(f.x1 - f.x0));
-    // Lanes outside follow the nearest column, so that nothing overflows in them.
-    const V dx = larger(smaller(offset - f.mean_x, zero + last_dx), zero - f.mean_x);
-    const V one = inside ? zero + Scalar(1) : zero;
-    const V tilt = dx * f.slope, q_x = dx * dx * f.inverse_xx;
-    visit.columns(dx);
+inline __attribute__((always_inline)) void walk(const Footprint<Scalar> f, Columns<Scalar> c, int stride,
+                                                int row_begin, int row_end, Visitor& visit) {
+  for (int first = f.x0;;) {
+    const int x = vector_start<Scalar>(first, stride);
+    visit.columns(c.dx);
     for (int start = f.y0; start <= f.y1; start += rows_per_restart) {
       const int stop = (f.y1 < start + rows_per_restart - 1 ? f.y1 : start + rows_per_restart - 1) + 1;
       if (stop <= row_begin) continue;
@@ -69,25 +98,26 @@ inline __attribute__((always_inline)) void walk(const Footprint<Scalar>& f, int 
       if (f.steep) {
         for (; y < end; ++y, dy += 1) {
           if (y < row_begin) continue;
-          const V e = tilt + dy;
-          visit.row(y, x, dy, one * exponential<Scalar>((q_x + e * e * f.p_yy) * Scalar(-0.5)));
+          start_at(f, y, c);
+          visit.row(y, x, dy, c.g);
         }
         continue;
       }
-      const V e = tilt + dy;
-      V g = one * exponential<Scalar>((q_x + e * e * f.p_yy) * Scalar(-0.5));
-      V r = exponential<Scalar>((e + Scalar(0.5)) * -f.p_yy);
+      if (start != f.y0) start_at(f, start, c);
       for (; y < row_begin; ++y, dy += 1) {
-        g *= r;
-        r *= decay;
+        c.g *= c.r;
+        c.r *= f.decay;
       }
       for (; y < end; ++y, dy += 1) {
-        visit.row(y, x, dy, g);
-        g *= r;
-        r *= decay;
+        visit.row(y, x, dy, c.g);
+        c.g *= c.r;
+        c.r *= f.decay;
       }
     }
     visit.done();
+    first += lanes<Scalar>;
+    if (first > f.x1) break;
+    c = columns_from(f, first, stride);
   }
 }
 
@@ -113,27 +143,31 @@ struct MomentSummer {
   typedef Vector<Scalar> V;
   const Scalar* residual;
   std::int64_t stride;
-  Moments2<Scalar> total{};  // still to be multiplied by the peak
-  V dx{}, w_one{}, w_y{}, w_yy{};
+  V dx{}, w_one{}, w_y{}, w_yy{};              // of the columns at hand
+  V one{}, x{}, y{}, xx{}, xy{}, yy{};         // of all columns, still lane by lane
 
   void columns(V dx_of_lanes) {
     dx = dx_of_lanes;
     w_one = w_y = w_yy = V{};
   }
-  void row(int y, int x, Scalar dy, V g) {
-    const V w = load<V>(residual + y * stride + x) * g;
+  void row(int row, int column, Scalar dy, V g) {
+    const V w = load<V>(residual + row * stride + column) * g;
+    const V w_dy = w * dy;
     w_one += w;
-    w_y += w * dy;
-    w_yy += w * (dy * dy);
+    w_y += w_dy;
+    w_yy += w_dy * dy;
   }
   void done() {
     const V w_x = w_one * dx;
-    total.one += sum<Scalar>(w_one);
-    total.x += sum<Scalar>(w_x);
-    total.xx += sum<Scalar>(w_x * dx);
-    total.y += sum<Scalar>(w_y);
-    total.xy += sum<Scalar>(w_y * dx);
-    total.yy += sum<Scalar>(w_yy);
+    one += w_one;
+    x += w_x;
+    xx += w_x * dx;
+    y += w_y;
+    xy += w_y * dx;
+    yy += w_yy;
+  }
+  Moments2<Scalar> moments() const {
+    return {sum<Scalar>(one), sum<Scalar>(x), sum<Scalar>(y), sum<Scalar>(xx), sum<Scalar>(xy), sum<Scalar>(yy)};
   }
 };
 

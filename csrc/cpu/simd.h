@@ -66,22 +66,22 @@ inline V square_root(V v) {
 
 // Sum of the lanes, by halves: a fixed order for any width.
 template <class Scalar, int n>
-inline Scalar sum_lanes(typename VectorOf<Scalar, n>::type v) {
+inline __attribute__((always_inline)) Scalar sum_lanes(typename VectorOf<Scalar, n>::type v) {
   if constexpr (n == 1) {
     return v[0];
-  } else if constexpr (n == 2) {
-    return v[0] + v[1];
   } else {
+    // Through a union, not memcpy: the compiler then takes the halves from the register.
     typedef typename VectorOf<Scalar, n / 2>::type Half;
-    Half low, high;
-    std::memcpy(&low, &v, sizeof(Half));
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
-    return sum_lanes<Scalar, n / 2>(low + high);
+    union {
+      typename VectorOf<Scalar, n>::type whole;
+      Half half[2];
+    } parts{v};
+    return sum_lanes<Scalar, n / 2>(parts.half[0] + parts.half[1]);
   }
 }
 
 template <class Scalar>
-inline Scalar sum(Vector<Scalar> v) {
+inline __attribute__((always_inline)) Scalar sum(Vector<Scalar> v) {
   return sum_lanes<Scalar, lanes<Scalar>>(v);
 }
 
@@ -126,16 +126,21 @@ inline __attribute__((always_inline)) Vector<Scalar> exponential(Vector<Scalar> 
   const Vector<Scalar> shifted = x * K::log2_e + K::rounder;
   const Vector<Scalar> n = shifted - K::rounder;
   const Vector<Scalar> f = (x - n * K::ln2_high) - n * K::ln2_low;
-  Vector<Scalar> p = zero + static_cast<Scalar>(inverse_factorial(K::degree));
+  // Estrin's scheme, pairs at a time: a third of the latency of Horner's chain.
+  Vector<Scalar> p[K::degree + 1], power_of_f = f;
 #pragma GCC unroll 16
-  for (int i = K::degree - 1; i >= 0; --i) p = p * f + static_cast<Scalar>(inverse_factorial(i));
+  for (int i = 0; i <= K::degree; ++i) p[i] = zero + static_cast<Scalar>(inverse_factorial(i));
+#pragma GCC unroll 8
+  for (int terms = K::degree + 1; terms > 1; terms = (terms + 1) / 2, power_of_f *= power_of_f)
+#pragma GCC unroll 8
+    for (int i = 0; 2 * i < terms; ++i) p[i] = 2 * i + 1 < terms ? p[2 * i] + p[2 * i + 1] * power_of_f : p[2 * i];
   // `shifted` holds n in its low bits; its own exponent bits leave with the shift.
   IntegerVector bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits + K::exponent_bias) << K::mantissa_bits;
   Vector<Scalar> power;
   std::memcpy(&power, &bits, sizeof(power));
-  return p * power;
+  return p[0] * power;
 }
 
 }  // namespace CRYOSPLAT_ISA

@@ -25,49 +25,65 @@ struct View {
   }
 };
 
-// A packet of Gaussians projected to a view: formulas kept for the way back, and footprints.
+// A packet of Gaussians projected to a view: formulas kept for the way back, and
+// what the footprints are made of, a number a lane.
 template <class Scalar>
 struct ProjectedPacket {
   ProjectedCovariance<Packet> projected;
   Symmetric2<Packet> inverse_c;
-  Footprint<Scalar> footprint[packet];
+  Packet peak;         // of unit amplitude
   Packet poison{};     // NaN in lanes of degenerate Gaussians, else 0
   bool proper = true;  // no lane is poisoned
 
-  // Peaks are of unit amplitude; the forward pass multiplies.
   ProjectedPacket(const Mixtures& mixtures, std::int64_t model, std::int64_t first, const View<Scalar>& view,
                   std::int64_t box, double cutoff) {
     const Vector3<Packet> mu = mixtures.mean(model, first);
     projected = project(mixtures.covariance(model, first), view.rows);
     const Symmetric2<Packet>& c = projected.c;
-    const Packet det = determinant(c);
-    inverse_c = inverse(c, det);
+    const Packet det = determinant(c), inverse_det = 1.0 / det, inverse_xx = 1.0 / c.xx;
+    inverse_c = {c.yy * inverse_det, -c.xy * inverse_det, c.xx * inverse_det};
+    peak = square_root(inverse_det) * (1.0 / two_pi);
     const Packet mean_x = dot(view.rows.x, mu) + view.origin_x, mean_y = dot(view.rows.y, mu) + view.origin_y;
     const PixelRange xs = pixel_range(mean_x, square_root(c.xx) * cutoff, box);
     const PixelRange ys = pixel_range(mean_y, square_root(c.yy) * cutoff, box);
+    store(x0_, xs.first), store(x1_, xs.last), store(y0_, ys.first), store(y1_, ys.last);
+    store_narrow(mean_x_, mean_x - __builtin_convertvector(xs.first, Packet));
+    store_narrow(mean_y_, mean_y - __builtin_convertvector(ys.first, Packet));
+    store_narrow(inverse_xx_, inverse_xx);
+    store_narrow(slope_, -c.xy * inverse_xx);
+    store_narrow(p_yy_, inverse_c.yy);
+    store_narrow(decay_, exponential<double>(-inverse_c.yy));
+    store(steep_, is_steep(c.xx, c.xy, c.yy, cutoff));
     const auto usable = is_proper(c, det, mean_x, mean_y, mixtures.amplitude(model, first));
-    const auto steep = is_steep(c.xx, c.xy, c.yy, cutoff);
-    const Packet peak = 1.0 / (square_root(det) * two_pi), inverse_xx = 1.0 / c.xx, slope = -c.xy * inverse_xx;
     for (int k = 0; k < packet; ++k) {
-      Footprint<Scalar>& f = footprint[k];
-      const bool real = first + k < mixtures.gaussians();
-      if (real && !usable[k]) {
+      if (usable[k]) continue;
+      x1_[k] = -1;
+      if (first + k < mixtures.gaussians()) {
         poison[k] = NAN;
         proper = false;
       }
-      f.x0 = xs.first[k];
-      f.x1 = real && usable[k] ? xs.last[k] : -1;
-      f.y0 = ys.first[k];
-      f.y1 = ys.last[k];
-      f.mean_x = static_cast<Scalar>(mean_x[k] - f.x0);
-      f.mean_y = static_cast<Scalar>(mean_y[k] - f.y0);
-      f.inverse_xx = static_cast<Scalar>(inverse_xx[k]);
-      f.slope = static_cast<Scalar>(slope[k]);
-      f.p_yy = static_cast<Scalar>(inverse_c.yy[k]);
-      f.peak = static_cast<Scalar>(peak[k]);
-      f.steep = steep[k];
     }
+    for (std::int64_t k = mixtures.gaussians() - first; k < packet; ++k) x1_[k] = -1;
   }
+
+  // Whether lane k has pixels in rows begin..end-1.
+  bool touches(int k, int begin, int end) const { return x0_[k] <= x1_[k] && y0_[k] < end && y1_[k] >= begin; }
+
+  int x0(int k) const { return x0_[k]; }
+
+  Footprint<Scalar> footprint(int k) const {
+    return {x0_[k], x1_[k],         y0_[k],    y1_[k],   mean_x_[k], mean_y_[k],
+            inverse_xx_[k], slope_[k], p_yy_[k], decay_[k],  steep_[k] != 0};
+  }
+
+ private:
+  static void store_narrow(Scalar* to, Packet from) {
+    store(to, __builtin_convertvector(from, typename VectorOf<Scalar, packet>::type));
+  }
+
+  int x0_[packet], x1_[packet], y0_[packet], y1_[packet];
+  Scalar mean_x_[packet], mean_y_[packet], inverse_xx_[packet], slope_[packet], p_yy_[packet], decay_[packet];
+  std::int64_t steep_[packet];
 };
 
 // Rows shorter than a vector are widened, so that the inner loop needs no other case.
@@ -91,14 +107,16 @@ void draw_band(const Mixtures& mixtures, const SplatShape& shape, const SplatInp
   std::memset(image + row_begin * stride, 0, (row_end - row_begin) * stride * sizeof(Scalar));
   bool proper = true;
   for (std::int64_t first = 0; first < mixtures.gaussians(); first += packet) {
-    ProjectedPacket<Scalar> p(mixtures, model, first, view, shape.box, cutoff);
+    const ProjectedPacket<Scalar> p(mixtures, model, first, view, shape.box, cutoff);
     proper &= p.proper;
-    const Packet amplitude = mixtures.amplitude(model, first);
+    double height[packet];
+    store(height, mixtures.amplitude(model, first) * p.peak);
+    Columns<Scalar> columns[packet];
+    for (int k = 0; k < packet; ++k) columns[k] = columns_from(p.footprint(k), p.x0(k), static_cast<int>(stride));
     for (int k = 0; k < packet; ++k) {
-      const Footprint<Scalar>& f = p.footprint[k];
-      if (f.x1 < f.x0 || f.y1 < row_begin || f.y0 >= row_end) continue;
-      Adder<Scalar> adder{image, stride, static_cast<Scalar>(amplitude[k] * f.peak)};
-      walk(f, static_cast<int>(stride), row_begin, row_end, adder);
+      if (!p.touches(k, row_begin, row_end)) continue;
+      Adder<Scalar> adder{image, stride, static_cast<Scalar>(height[k])};
+      walk(p.footprint(k), columns[k], static_cast<int>(stride), row_begin, row_end, adder);
     }
   }
   if (!proper)
@@ -142,22 +160,21 @@ template <class Scalar>
 void gather_packet(const Mixtures& mixtures, std::int64_t model, std::int64_t first, const View<Scalar>& view,
                    std::int64_t box, double cutoff, const Scalar* residual, std::int64_t stride, std::int64_t in_block,
                    BlockSums& sums, PoseSums* pose) {
-  ProjectedPacket<Scalar> p(mixtures, model, first, view, box, cutoff);
-  Moments2<Packet> m{};
-  Packet peak{};
+  const ProjectedPacket<Scalar> p(mixtures, model, first, view, box, cutoff);
+  double lane[6][packet];
+  Columns<Scalar> columns[packet];
+  for (int k = 0; k < packet; ++k) columns[k] = columns_from(p.footprint(k), p.x0(k), static_cast<int>(stride));
   for (int k = 0; k < packet; ++k) {
-    const Footprint<Scalar>& f = p.footprint[k];
-    if (f.x1 < f.x0 || f.y1 < f.y0) continue;
     MomentSummer<Scalar> summer{residual, stride};
-    walk(f, static_cast<int>(stride), 0, static_cast<int>(box), summer);
-    const Moments2<Scalar>& t = summer.total;
-    m.one[k] = t.one, m.x[k] = t.x, m.y[k] = t.y, m.xx[k] = t.xx, m.xy[k] = t.xy, m.yy[k] = t.yy;
-    peak[k] = f.peak;
+    if (p.touches(k, 0, static_cast<int>(box)))
+      walk(p.footprint(k), columns[k], static_cast<int>(stride), 0, static_cast<int>(box), summer);
+    const Moments2<Scalar> t = summer.moments();
+    lane[0][k] = t.one, lane[1][k] = t.x, lane[2][k] = t.y, lane[3][k] = t.xx, lane[4][k] = t.xy, lane[5][k] = t.yy;
   }
-  m = {m.one * peak, m.x * peak, m.y * peak, m.xx * peak, m.xy * peak, m.yy * peak};
+  const auto moment = [&](int i) { return load<Packet>(lane[i]) * p.peak + p.poison; };
+  // Padding has finite parameters and no pixels, so its gradients are zero.
+  const Moments2<Packet> m{moment(0), moment(1), moment(2), moment(3), moment(4), moment(5)};
   const Packet amplitude = mixtures.amplitude(model, first);
-  // Padding has finite parameters and zero moments, so its gradients are zero.
-  m = {m.one + p.poison, m.x + p.poison, m.y + p.poison, m.xx + p.poison, m.xy + p.poison, m.yy + p.poison};
   const PlanarGradient<Packet> g = planar_gradient(m, p.inverse_c, amplitude);
   const Vector3<Packet> d_mean = mean_gradient(g, view.rows);
   const Symmetric3<Packet> d_cov = covariance_gradient(g, view.rows);

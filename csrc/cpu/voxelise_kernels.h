@@ -16,6 +16,7 @@ struct Solid {
   double reach_x, reach_y;        // cut-off in a plane
   Conditional<double> k;
   double amplitude;
+  double decay;
   int z0, z1;
   bool steep;
 };
@@ -40,6 +41,7 @@ struct SolidPacket {
     const Packet reach_x = square_root(k.c.xx) * cutoff, reach_y = square_root(k.c.yy) * cutoff;
     const PixelRange zs = pixel_range(mu.z + centre, square_root(s.zz) * cutoff, box);
     const auto usable = is_proper(k.c, det, mu.x + mu.z, mu.y, amplitude) & (s.zz > zero) & (s.zz * 0.0 == zero);
+    const Packet decay = exponential<double>(-k.p.yy);
     const auto steep = is_steep(k.c.xx, k.c.xy, k.c.yy, cutoff);
     for (int i = 0; i < packet; ++i) {
       const bool real = first + i < mixtures.gaussians();
@@ -58,6 +60,7 @@ struct SolidPacket {
                    k.inverse_variance[i],
                    k.norm[i]},
                   amplitude[i],
+                  decay[i],
                   zs.first[i],
                   real && usable[i] ? zs.last[i] : -1,
                   static_cast<bool>(steep[i])};
@@ -73,9 +76,9 @@ inline int last_pixel(double high, std::int64_t box) {
   return high < 0 ? -1 : (high >= box ? static_cast<int>(box) - 1 : static_cast<int>(std::floor(high)));
 }
 
-// The footprint in plane z, with a peak of unit amplitude; false if there is none.
+// The footprint in plane z and the peak there, of unit amplitude; false if there is none.
 template <class Scalar>
-bool cut(const Solid& s, int z, std::int64_t box, Footprint<Scalar>& f) {
+bool cut(const Solid& s, int z, std::int64_t box, Footprint<Scalar>& f, double& peak) {
   const double dz = z - s.mean_z;
   const double x = s.mean_x + s.k.slope.x * dz, y = s.mean_y + s.k.slope.y * dz;
   f.x0 = first_pixel(x - s.reach_x, box);
@@ -88,7 +91,8 @@ bool cut(const Solid& s, int z, std::int64_t box, Footprint<Scalar>& f) {
   f.inverse_xx = static_cast<Scalar>(1.0 / s.k.c.xx);
   f.slope = static_cast<Scalar>(-s.k.c.xy / s.k.c.xx);
   f.p_yy = static_cast<Scalar>(s.k.p.yy);
-  f.peak = static_cast<Scalar>(s.k.norm * std::exp(-0.5 * dz * dz * s.k.inverse_variance));
+  f.decay = static_cast<Scalar>(s.decay);
+  peak = s.k.norm * std::exp(-0.5 * dz * dz * s.k.inverse_variance);
   f.steep = s.steep;
   return true;
 }
@@ -100,15 +104,16 @@ void draw_slab(const Mixtures& mixtures, std::int64_t model, std::int64_t box, d
   std::memset(volume + z_begin * plane, 0, (z_end - z_begin) * plane * sizeof(Scalar));
   bool proper = true;
   Footprint<Scalar> f;
+  double peak;
   for (std::int64_t first = 0; first < mixtures.gaussians(); first += packet) {
     const SolidPacket p(mixtures, model, first, box, cutoff);
     proper &= p.proper;
     for (const Solid& s : p.solid) {
       const int begin = s.z0 > z_begin ? s.z0 : z_begin, end = s.z1 + 1 < z_end ? s.z1 + 1 : z_end;
       for (int z = begin; z < end; ++z) {
-        if (!cut(s, z, box, f)) continue;
-        Adder<Scalar> adder{volume + z * plane, stride, static_cast<Scalar>(s.amplitude * f.peak)};
-        walk(f, static_cast<int>(stride), 0, static_cast<int>(box), adder);
+        if (!cut(s, z, box, f, peak)) continue;
+        Adder<Scalar> adder{volume + z * plane, stride, static_cast<Scalar>(s.amplitude * peak)};
+        walk(f, columns_from(f, f.x0, static_cast<int>(stride)), static_cast<int>(stride), 0, static_cast<int>(box), adder);
       }
     }
   }
@@ -140,12 +145,13 @@ template <class Scalar>
 Moments3<double> solid_moments(const Solid& s, const Scalar* residual, std::int64_t box, std::int64_t stride) {
   Moments3<double> m{};
   Footprint<Scalar> f;
+  double peak;
   for (int z = s.z0; z <= s.z1; ++z) {
-    if (!cut(s, z, box, f)) continue;
+    if (!cut(s, z, box, f, peak)) continue;
     MomentSummer<Scalar> summer{residual + z * box * stride, stride};
-    walk(f, static_cast<int>(stride), 0, static_cast<int>(box), summer);
-    const Moments2<Scalar>& t = summer.total;
-    const double dz = z - s.mean_z, peak = f.peak;
+    walk(f, columns_from(f, f.x0, static_cast<int>(stride)), static_cast<int>(stride), 0, static_cast<int>(box), summer);
+    const Moments2<Scalar> t = summer.moments();
+    const double dz = z - s.mean_z;
     m.planar = {m.planar.one + peak * t.one, m.planar.x + peak * t.x,   m.planar.y + peak * t.y,
                 m.planar.xx + peak * t.xx,   m.planar.xy + peak * t.xy, m.planar.yy + peak * t.yy};
     m.z += dz * peak * t.one;

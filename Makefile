@@ -1,0 +1,57 @@
+# make demo    set up, simulate a small stack, reconstruct it with two processes, and say what came out
+# make test    set up and run the tests
+# make venv    set up only: .venv with the package, its dependencies and the compiled core
+# make lint    check style
+# make clean   remove what was compiled; .venv and runs/ stay
+#
+# PYTHON=python3.12 chooses the interpreter, 3.10 or newer. pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL) hold.
+# On a machine without an NVIDIA GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves a download of 3 GB.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed.stamp
+BUILT := .venv/built.stamp
+DATA := runs/demo-data
+SIMULATE := --box 64 --pixel-size 4 --images 4000 --snr 0.1
+
+.PHONY: help demo test venv lint clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: venv $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m cryosplat.train --config configs/demo.yaml
+
+# The simulator writes the whole folder or none of it.
+$(DATA): | $(BUILT)
+	mkdir -p $(dir $(DATA))
+	$(BIN)/cryosplat simulate $(SIMULATE) --out $(DATA)
+
+# One thread a worker: the tests that need several processes start them themselves.
+test: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+venv: $(BUILT)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than Python 3.10; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) cannot make environments; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Compiles only what has changed since the installation.
+$(BUILT): $(INSTALLED) setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info cryosplat/_C*.so .pytest_cache .ruff_cache .hypothesis
+	rm -f $(BUILT)
+	find cryosplat launch tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,110 @@
+"""A tiny simulated particle stack of a chiral molecule with known truth, and one run trained on it, made once a session.
+
+The molecule is a few round blobs along a right-handed spiral with one arm off it, so it equals neither its mirror
+image nor itself under any rotation. Images come from ``cryosplat simulate``, by Fourier slices, not from the splat kernel.
+"""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import torch
+
+from cryosplat import train
+from cryosplat.config import Config, load_config
+from cryosplat.simulate import SimulateOptions, simulate
+from cryosplat.volumes import write_map
+
+BOX, PIXEL_SIZE_A, IMAGES, SNR = 32, 4.0, 301, 1.0
+"""An odd number of particles, so that halves, shards and batches are all uneven."""
+
+BLOB_SIGMA_A = 5.0
+
+_TURN = np.radians(55) * np.arange(9)
+BLOBS_A = np.concatenate(
+    [
+        np.stack([26 * np.cos(_TURN), 26 * np.sin(_TURN), -32 + 8 * np.arange(9)], 1),  # right-handed along +z
+        [(0, 0, -14), (9, 2, -26), (38, -10, -30)],
+    ]
+)
+"""Positions of the blobs, x, y, z in A from the origin, (12, 3)."""
+
+SETTINGS = (
+    "model.gaussians=64",
+    "model.spread=0.15",
+    "model.scale=0.03",
+    "model.scale_min=0.01",
+    "train.epochs=3",
+    "train.batch=16",
+    "train.lr=0.02",
+    "train.threads=1",
+    "train.log_every=7",
+    "maps.every=100",
+)
+"""What makes a run small; two seconds."""
+
+
+def true_map() -> np.ndarray:
+    """The molecule on the grid (D, D, D) [z, y, x], its origin at voxel D//2."""
+    z, y, x = (np.indices((BOX, BOX, BOX)) - BOX // 2) * PIXEL_SIZE_A
+    squares = ((np.stack([x, y, z], -1)[..., None, :] - BLOBS_A) ** 2).sum(-1)
+    return np.exp(-squares / (2 * BLOB_SIGMA_A**2)).sum(-1).astype(np.float32)
+
+
+def training_set(tmp_path_factory) -> Path:
+    """Folder of the stack: particles.mrcs, particles.star, poses.pkl, ctf.pkl, truth.mrc, mask.mrc. To be read only."""
+    folder = tmp_path_factory.getbasetemp() / "training_set"
+    if not folder.exists():
+        source = tmp_path_factory.mktemp("molecule") / "molecule.mrc"
+        write_map(source, true_map(), PIXEL_SIZE_A)
+        simulate(SimulateOptions(out=str(folder), map=str(source), images=IMAGES, snr=SNR, seed=1))
+    return folder
+
+
+def settings(stack: Path, run_dir: Path, *others: str) -> list[str]:
+    """The words of a small run on a folder like that of ``training_set``; ``others`` come last, so they win."""
+    return [
+        f"data_root={stack}",
+        "data.particles=particles.star",
+        "data.poses=poses.pkl",
+        "data.ctf=ctf.pkl",
+        "data.truth=truth.mrc",
+        f"run_dir={run_dir}",
+        *SETTINGS,
+        *others,
+    ]
+
+
+def config(stack: Path, run_dir: Path, *others: str) -> Config:
+    return load_config(None, settings(stack, run_dir, *others))
+
+
+def trained(stack: Path, run_dir: Path, *others: str) -> Path:
+    """Train a small run to its end in this process; returns its directory."""
+    train.train(config(stack, run_dir, *others))
+    return run_dir
+
+
+def reference_run(tmp_path_factory) -> Path:
+    """The run of the settings above, in one process; its directory, to be read only."""
+    run_dir = tmp_path_factory.getbasetemp() / "reference_run"
+    return run_dir if run_dir.exists() else trained(training_set(tmp_path_factory), run_dir)
+
+
+def altered(stack: Path, folder: Path, change) -> Path:
+    """A copy of a training set whose images (N, D, D) went through ``change``."""
+    shutil.copytree(stack, folder)
+    with mrcfile.open(folder / "particles.mrcs", "r+") as handle:
+        handle.set_data(change(np.array(handle.data)).astype(np.float32))
+    return folder
+
+
+def halves(stack: Path) -> np.ndarray:
+    """Half of every particle, (N,) 0 or 1, as the star file has it: the simulator deals them in turn."""
+    return np.arange(len(pickle.loads((stack / "poses.pkl").read_bytes())[0])) % 2
+
+
+def last_checkpoint(run_dir: Path) -> dict:
+    return torch.load(sorted((run_dir / "checkpoints").glob("step_*.pt"))[-1], weights_only=True)["state"]
