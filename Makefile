@@ -12,7 +12,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed.stamp
 BUILT := .venv/built.stamp
 DATA := runs/demo-data
-SIMULATE := --box 64 --pixel-size 4 --images 4000 --snr 0.1
+SIMULATE := --box 96 --pixel-size 2 --images 3000 --snr 0.01
 
 .PHONY: help demo test venv lint clean
 

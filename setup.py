@@ -33,7 +33,8 @@ INSTRUCTION_SETS = {
     "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512".split(),
 }
 
-PLAIN_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp"]
+BINDINGS = "csrc/bindings.cpp"
+DISPATCH = "csrc/cpu/dispatch.cpp"
 KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
 
 
@@ -44,8 +45,11 @@ def is_x86() -> bool:
 def compile_units() -> list[tuple[str, str, list[str]]]:
     """(source, object, flags of its own) of everything that is linked."""
     sets = INSTRUCTION_SETS if is_x86() else {"baseline": []}
-    own = [] if is_x86() else ["-DCRYOSPLAT_ONLY_BASELINE"]
-    units = [(source, f"{Path(source).stem}.o", own) for source in PLAIN_SOURCES]
+    units = [
+        # Only this one sees Python, whose headers lie elsewhere in every one of pip's build environments.
+        (BINDINGS, "bindings.o", [f"-I{folder}" for folder in find_includes()]),
+        (DISPATCH, "dispatch.o", [] if is_x86() else ["-DCRYOSPLAT_ONLY_BASELINE"]),
+    ]
     units += [(KERNELS, f"kernels.{name}.o", [f"-DCRYOSPLAT_ISA={name}", *flags]) for name, flags in sets.items()]
     # The CUDA half (csrc/cuda/*.cu, where nvcc is found) joins here: its objects in this list, its rule in write_ninja.
     return units
@@ -67,20 +71,21 @@ def find_compiler() -> list[str]:
 
 
 def find_ninja() -> str:
-    found = shutil.which("ninja")  # the PyPI package too: pip puts its build environment's bin first on PATH
-    if found is None:
-        try:
-            import ninja
-        except ImportError:
-            pass
-        else:
-            found = shutil.which("ninja", path=ninja.BIN_DIR)
+    """The one from PyPI before the system's: another version would not take over what it has built."""
+    try:
+        import ninja
+    except ImportError:
+        found = None
+    else:
+        found = shutil.which("ninja", path=ninja.BIN_DIR)
+    found = found or shutil.which("ninja")  # in pip's build environment, with some versions of pip, only PATH knows it
     if found is None:
         raise PlatformError("cryosplat is built with ninja, which is not there: pip install ninja")
     return found
 
 
 def find_includes() -> list[str]:
+    """Folders of the headers of Python and pybind11."""
     python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
     if not any(Path(folder, "Python.h").is_file() for folder in python):
         raise PlatformError(
@@ -91,7 +96,7 @@ def find_includes() -> list[str]:
         import pybind11
     except ImportError as error:
         raise PlatformError("cryosplat is built with pybind11, which is not there: pip install pybind11") from error
-    return ["csrc", pybind11.get_include(), *sorted(python)]
+    return [pybind11.get_include(), *sorted(python)]
 
 
 def ninja_words(words: list[str]) -> str:
@@ -105,11 +110,11 @@ def ninja_path(path: Path) -> str:
 
 def write_ninja(folder: Path, library: Path) -> Path:
     root = Path(__file__).resolve().parent
-    includes = [f"-I{folder if os.path.isabs(folder) else root / folder}" for folder in find_includes()]
     user_flags, user_link = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
+    flags = [*user_flags, *COMMON_FLAGS, f"-I{root / 'csrc'}"]
     lines = [
         f"cxx = {ninja_words(find_compiler())}",
-        f"flags = {ninja_words([*user_flags, *COMMON_FLAGS, *includes])}",
+        f"flags = {ninja_words(flags)}",
         f"link = {ninja_words(['-shared', '-fopenmp', *user_link])}",
         "rule compile",
         "  command = $cxx $flags $own -MMD -MF $out.d -c $in -o $out",
@@ -148,5 +153,7 @@ class NinjaBuild(build_ext):
         shutil.copy2(library, target)
 
 
-sources = [*PLAIN_SOURCES, KERNELS]
-setup(ext_modules=[Extension("cryosplat._C", sources)], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("cryosplat._C", [BINDINGS, DISPATCH, KERNELS])],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -16,7 +16,7 @@ except ImportError as error:
         _reason = f"{_folder} has no {_wanted}: it was never built"
     raise ImportError(
         f"The compiled core of cryosplat is missing: {_reason}.\n"
-        "Build it in the checkout with 'make venv' or, in an environment of your own, 'pip install .' (needs g++)."
+        "Build it in the checkout: 'make venv', or 'pip install -e .' in an environment of your own (needs g++)."
     ) from error
 
 __all__ = ["core"]

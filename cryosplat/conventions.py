@@ -17,8 +17,10 @@ down-sampled. Particle images are white on dark with a CTF that is +w at zero
 frequency (RELION's sign); cryoDRGN's CTF is the negative of that, and its
 default ``invert`` undoes it.
 
-Fourier transforms of images are orthonormal (``norm="ortho"``) half-spectra
-``rfft2(ifftshift(image))``: phases refer to the image's centre.
+Fourier transforms of images are orthonormal half-spectra, ``rfft2(image,
+norm="ortho")``: phases refer to the first pixel, which is the same point of the
+specimen at every sampling of one field of view. Nothing here needs them to
+refer to the centre, so no image is ever shifted for a transform.
 """
 
 import numpy as np

@@ -92,7 +92,7 @@ class ParticleDataset:
         self._half = torch.from_numpy(table.half.astype(np.int64))
         self._rotations = torch.from_numpy(table.rotations).float()
         self._shifts = (torch.from_numpy(table.shifts) * self.box).float()
-        self._ctf = None if table.ctf is None else torch.from_numpy(table.ctf)
+        self._ctf = None if table.ctf is None else torch.from_numpy(table.ctf).float()
         self._gain = torch.zeros(len(table))
         self._sign = 1.0 if invert else -1.0
         dtype = torch.float16 if precision == "half" else torch.float32
@@ -122,7 +122,7 @@ class ParticleDataset:
                     shells.ravel(), noise[mine].sum(0).numpy().ravel(), minlength=len(shell_size)
                 )
                 statistics.count[h] += int(mine.sum())
-            spectra = fourier_crop(torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)), norm="ortho"), self.box)
+            spectra = fourier_crop(torch.fft.rfft2(images, norm="ortho"), self.box)
             self._store(start, spectra, table, ids)
             progress(start + len(ids))
         statistics.power /= shell_size
@@ -185,7 +185,8 @@ def corner_mask(box: int) -> Tensor:
 def fourier_crop(spectra: Tensor, box: int) -> Tensor:
     """Half-spectra (..., D, D//2+1) cut to a smaller even box (..., box, box//2+1).
 
-    The orthonormal scale stays: white noise keeps its variance a pixel. The Nyquist lines of the new
+    The field of view stays, and with it the phases, which refer to its first pixel. The orthonormal scale stays: white
+    noise keeps its variance a pixel. The Nyquist lines of the new
     grid, where two frequencies fall together, are set to zero.
 
     >>> fourier_crop(torch.ones(1, 8, 5), 4).shape

@@ -36,6 +36,10 @@ FIRST_PORT, PORTS = 12000, 8000
 """Ports drawn from the job's number: below 20000, where submitit's and Linux's own ranges begin."""
 
 
+PEER_GONE = re.compile("Connection (closed|reset) by peer|Broken pipe")
+"""How gloo says that the process at the other end is not there any more."""
+
+
 @dataclass(frozen=True)
 class World:
     """Where this process stands among all ranks.
@@ -84,6 +88,7 @@ def join(config: Config) -> Iterator[World]:
 
     Raises:
         InputError: half an environment, no such device, or the other ranks do not answer.
+        PeerError: another rank has ended before its time.
     """
     placement = find_placement(os.environ)
     device = choose_device(config.train.device, placement.local_rank)
@@ -96,6 +101,12 @@ def join(config: Config) -> Iterator[World]:
     try:
         yield _survey(placement, device, backend, config.train.threads)
         finished = True
+    except RuntimeError as error:
+        if placement.size == 1 or not PEER_GONE.search(str(error)):
+            raise
+        # What went wrong is for that rank to say; where in this one's code it was missed helps nobody.
+        _LOG.warning("rank %d stops, because another rank has ended", placement.rank)
+        raise PeerError("another rank has ended") from error
     finally:
         # After an error gloo's peers see the closed connections and stop too. NCCL would wait here for collectives
         # that never come; there the launcher ends the other ranks when this one dies.
@@ -229,7 +240,8 @@ def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise InputError(
             f"rank {placement.rank} of {placement.size} ({placement.launcher}, host {socket.gethostname()}) cannot "
-            f"join the others at {placement.address}:{placement.port}: {str(error).splitlines()[0]}"
+            f"join the others at {placement.address}:{placement.port}: {str(error).splitlines()[0]} "
+            f"(if hosts cannot reach each other by name, set GLOO_SOCKET_IFNAME to their network interface)"
         ) from error
 
 

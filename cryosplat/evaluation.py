@@ -100,8 +100,7 @@ def particle_example(reconstruction: Reconstruction, batch: Batch) -> tuple[np.n
     """The first particle of a batch, the full model's CTF-modulated projection, and their difference, each (D, D)."""
 
     def image(spectrum):
-        real = torch.fft.irfft2(spectrum, s=(reconstruction.box, reconstruction.box), norm="ortho")
-        return torch.fft.fftshift(real).cpu().numpy()
+        return torch.fft.irfft2(spectrum, s=(reconstruction.box, reconstruction.box), norm="ortho").cpu().numpy()
 
     particle = image(batch.images[0])
     projection = image(reconstruction.predict(batch)[FULL, 0])

@@ -13,6 +13,41 @@ FULL = 0
 MODEL_NAMES = ("full", "half_a", "half_b")
 
 
+class SpectralLoss(torch.autograd.Function):
+    """Mean squared difference between filtered images and given half-spectra.
+
+    loss_v = 1/D^2 sum_k p_k |f(k) X_v(k) - Y(k)|^2 with X = rfft2(image, ortho), p_k = 2, or 1 where kx is its own
+    mate: by Parseval the mean over pixels. Its gradient is 2/D^2 irfft2(f (f X - Y)): one inverse transform, where
+    autograd's own way through rfft2 takes a full complex one of zero-padded spectra.
+    """
+
+    @staticmethod
+    def forward(ctx, images: Tensor, filters: Tensor | None, spectra: Tensor) -> Tensor:
+        """Losses (views, B) of images (views, B, D, D), filters (B, D, D//2+1), half-spectra (B, D, D//2+1)."""
+        box = images.shape[-1]
+        residual = torch.fft.rfft2(images, norm="ortho")
+        if filters is not None:
+            residual *= filters
+        residual -= spectra
+        losses = 2 * _power(residual) - _power(residual[..., :1])
+        if box % 2 == 0:
+            losses -= _power(residual[..., -1:])
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(residual if filters is None else residual.mul_(filters))
+            ctx.box = box
+        return losses / box**2
+
+    @staticmethod
+    def backward(ctx, grad_losses: Tensor):
+        (residual,) = ctx.saved_tensors
+        gradient = torch.fft.irfft2(residual, s=(ctx.box, ctx.box), norm="ortho")
+        return gradient.mul_((2 / ctx.box**2) * grad_losses[..., None, None]), None, None
+
+
+def _power(spectra: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(torch.view_as_real(spectra), dim=(-3, -2, -1)).square()
+
+
 class Reconstruction(nn.Module):
     """Mixtures seen through poses and CTF, compared with images in Fourier space.
 
@@ -30,7 +65,7 @@ class Reconstruction(nn.Module):
         mixture: the M models, M = 1 (full) or 3 (full, half a, half b).
         box: D in pixels.
         pixel_size_a: A/px at that box.
-        weights: (2, D, D//2+1) noise weights of either half, or None.
+        weights: (2, D, D//2+1) noise weights w of either half (inverse noise power), or None for 1.
         cutoff: of the splatting, standard deviations.
         ranks: W.
     """
@@ -50,12 +85,7 @@ class Reconstruction(nn.Module):
         # A parameter whose gradient is the loss of each model: it rides in the gradient's own
         # collective, so that every rank knows the global losses without another one.
         self.ledger = nn.Parameter(torch.zeros(mixture.models))
-        parseval = torch.full((box // 2 + 1,), 2.0)
-        parseval[0] = 1.0
-        if box % 2 == 0:
-            parseval[-1] = 1.0
-        self.register_buffer("parseval", parseval / box**2)
-        self.register_buffer("weights", weights)
+        self.register_buffer("whitening", None if weights is None else weights.sqrt())
 
     def forward(self, batch: Batch, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Objective of this rank and losses of its views.
@@ -76,23 +106,34 @@ class Reconstruction(nn.Module):
 
     def view_losses(self, batch: Batch) -> Tensor:
         """Loss (views, B) of every particle under the models that show it."""
-        predicted = self.predict(batch)
-        difference = torch.view_as_real(predicted - batch.images).square().sum(-1)
-        weights = self.parseval if self.weights is None else self.parseval * self.weights[batch.half]
-        return (difference * weights).sum((-2, -1))
+        filters, spectra = self._filters(batch), batch.images
+        if self.whitening is not None:
+            whitening = self.whitening[batch.half]
+            filters = whitening if filters is None else filters * whitening
+            spectra = spectra * whitening
+        return SpectralLoss.apply(self.project(batch), filters, spectra)
 
     def predict(self, batch: Batch) -> Tensor:
         """CTF-modulated half-spectra (views, B, D, D//2+1) of the batch's views."""
+        spectra = torch.fft.rfft2(self.project(batch), norm="ortho")
+        filters = self._filters(batch)
+        return spectra if filters is None else spectra * filters
+
+    def project(self, batch: Batch) -> Tensor:
+        """Projections (views, B, D, D) without CTF: row 0 of the full model, row 1 of each particle's own half."""
         shown_by = [torch.zeros_like(batch.half)] + ([1 + batch.half] if self.mixture.models > 1 else [])
-        views, model = len(shown_by), torch.cat(shown_by)
+        views = len(shown_by)
         images = self.mixture.project(
-            batch.rotations.repeat(views, 1, 1), batch.shifts.repeat(views, 1), model, self.box, self.cutoff
+            batch.rotations.repeat(views, 1, 1),
+            batch.shifts.repeat(views, 1),
+            torch.cat(shown_by),
+            self.box,
+            self.cutoff,
         )
-        spectra = torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)), norm="ortho")
-        spectra = spectra.reshape(views, len(batch.half), *spectra.shape[1:])
-        if batch.ctf is None:
-            return spectra
-        return spectra * ctf_image(batch.ctf, self.box, self.pixel_size_a).to(spectra.real.dtype)
+        return images.reshape(views, len(batch.half), self.box, self.box)
+
+    def _filters(self, batch: Batch) -> Tensor | None:
+        return None if batch.ctf is None else ctf_image(batch.ctf, self.box, self.pixel_size_a)
 
     def _sum_by_model(self, losses: Tensor, half: Tensor) -> Tensor:
         full = losses[0].sum()
@@ -108,9 +149,11 @@ class Reconstruction(nn.Module):
         X is the prediction with ``unit`` 1 and Y the image, so the scale is sum <X, Y> / sum <X, X>; the
         third sum gives the spread of <X, Y> between particles, hence how sure its sign is.
         """
-        predicted = self.predict(batch)
-        product = (predicted * batch.images.conj()).real
-        weights = self.parseval if self.weights is None else self.parseval * self.weights[batch.half]
-        xy = (product * weights).sum((-2, -1))
-        xx = (torch.view_as_real(predicted).square().sum(-1) * weights).sum((-2, -1))
+        predicted, images = self.predict(batch), batch.images
+        if self.whitening is not None:
+            predicted, images = predicted * self.whitening[batch.half], images * self.whitening[batch.half]
+        both_mates = torch.full((self.box // 2 + 1,), 2.0, device=images.device)
+        both_mates[:: self.box // 2] = 1.0
+        xy = ((predicted * images.conj()).real * both_mates).sum((-2, -1))
+        xx = (predicted.abs().square() * both_mates).sum((-2, -1))
         return tuple(self._sum_by_model(term, batch.half) for term in (xy, xx, xy.square()))

@@ -101,7 +101,7 @@ def for_slurm(options: argparse.Namespace, config: Config) -> dict[str, Any]:
 
 def for_this_machine(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     if options.nodes != 1:
-        raise InputError(f"--nodes {options.nodes}: there is no sbatch here, and this machine is one node")
+        raise InputError(f"--nodes {options.nodes}: a local job has one node, this machine")
     gpus = options.gpus_per_node
     if gpus is None and config.train.device != "cpu":
         import torch  # a second or two, and only here does it matter

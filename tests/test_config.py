@@ -43,12 +43,18 @@ def test_keys_that_scripts_rely_on_keep_their_names(key):
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
     path = yaml_file(tmp_path, "train: {epochs: 7, batch: 16}\nrun_dir: here\n")
     config = load_config(path, ["train.epochs=9"])
-    assert (config.train.epochs, config.train.batch, config.run_dir, config.train.lr) == (9, 16, "here", Config().train.lr)
+    assert (config.train.epochs, config.train.batch, config.run_dir, config.train.lr) == (
+        9,
+        16,
+        "here",
+        Config().train.lr,
+    )
 
 
 def test_values_on_the_command_line_are_taken_as_they_are_written(tmp_path):
     config = load_config(
-        None, ["run_dir=0012", "data.particles=a b=c.star", "data.mask=null", "data.ctf=", "train.lr=1e-3", "data.box=64"]
+        None,
+        ["run_dir=0012", "data.particles=a b=c.star", "data.mask=null", "data.ctf=", "train.lr=1e-3", "data.box=64"],
     )
     assert (config.run_dir, config.data.particles, config.data.mask) == ("0012", "a b=c.star", None)
     assert (config.data.ctf, config.train.lr, config.data.box) == (None, 1e-3, 64)
@@ -160,7 +166,9 @@ def test_every_check_is_of_a_setting_that_exists():
 
 
 def test_a_saved_configuration_loads_back_equal(tmp_path):
-    config = load_config(None, ["data.particles=0012", "data.mask=null", "train.lr=1e-7", "run_dir=a: b # c", "data.box=64"])
+    config = load_config(
+        None, ["data.particles=0012", "data.mask=null", "train.lr=1e-7", "run_dir=a: b # c", "data.box=64"]
+    )
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 

@@ -4,16 +4,20 @@ The molecule is a few round blobs along a right-handed spiral with one arm off i
 image nor itself under any rotation. Images come from ``cryosplat simulate``, by Fourier slices, not from the splat kernel.
 """
 
+import contextlib
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import mrcfile
 import numpy as np
 import torch
 
-from cryosplat import train
+from cryosplat import figures, train
 from cryosplat.config import Config, load_config
+from cryosplat.monitor import Monitor
 from cryosplat.simulate import SimulateOptions, simulate
 from cryosplat.volumes import write_map
 
@@ -81,16 +85,31 @@ def config(stack: Path, run_dir: Path, *others: str) -> Config:
     return load_config(None, settings(stack, run_dir, *others))
 
 
+@contextlib.contextmanager
+def without_figures() -> Iterator[None]:
+    """Nothing is drawn inside: drawing takes longer than these trainings. The runs' products are the same but for it."""
+    nothing = {name: lambda *_args, **_words: None for name in vars(figures) if name.endswith("_figure") or name == "save"}
+    with mock.patch.multiple(figures, **nothing), mock.patch.object(Monitor, "evaluation"):
+        yield
+
+
 def trained(stack: Path, run_dir: Path, *others: str) -> Path:
-    """Train a small run to its end in this process; returns its directory."""
-    train.train(config(stack, run_dir, *others))
+    """Train a small run to its end in this process, without figures; returns its directory."""
+    threads = torch.get_num_threads()
+    with without_figures():
+        train.train(config(stack, run_dir, *others))
+    torch.set_num_threads(threads)
     return run_dir
 
 
 def reference_run(tmp_path_factory) -> Path:
-    """The run of the settings above, in one process; its directory, to be read only."""
+    """The run of the settings above, in one process and with figures; its directory, to be read only."""
     run_dir = tmp_path_factory.getbasetemp() / "reference_run"
-    return run_dir if run_dir.exists() else trained(training_set(tmp_path_factory), run_dir)
+    if not run_dir.exists():
+        threads = torch.get_num_threads()
+        train.train(config(training_set(tmp_path_factory), run_dir))
+        torch.set_num_threads(threads)
+    return run_dir
 
 
 def altered(stack: Path, folder: Path, change) -> Path:

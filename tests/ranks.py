@@ -1,0 +1,201 @@
+"""Training on several ranks for the tests, with something watched or gone wrong on the way.
+
+Under torchrun, as a user starts it:   torchrun --nproc-per-node 2 ranks.py PROGRAM FOLDER ARGUMENT key=value ...
+Many jobs at less cost:                python ranks.py JOBS.json
+
+The second forks the ranks of every job from one process, which has imported PyTorch once; each rank finds what torchrun
+would have put into its environment. A rank's output goes to FOLDER/rank0.txt and so on.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import training_set
+
+from cryosplat import train
+from cryosplat.optimiser import GatedAdam
+from cryosplat.trainer import Trainer
+
+TIMEOUT_S = 40
+"""After which ranks that hang are killed; none takes ten seconds."""
+
+
+@dataclasses.dataclass
+class Job:
+    """``folder`` takes the outputs; ``argument`` is the program's own, ``words`` are settings of the training."""
+
+    program: str
+    ranks: int
+    folder: str
+    words: list[str]
+    argument: int = 0
+
+
+@dataclasses.dataclass
+class Outcome:
+    """Exit codes (negative: the signal) and outputs, one for each rank."""
+
+    codes: list[int]
+    texts: list[str]
+
+
+def run_jobs(folder: Path, jobs: list[Job]) -> list[Outcome]:
+    """Run jobs one after the other, their ranks at the same time."""
+    for job in jobs:
+        Path(job.folder).mkdir(parents=True, exist_ok=True)
+    listing = folder / "jobs.json"
+    listing.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
+    subprocess.run([sys.executable, __file__, str(listing)], check=True, env=environment())
+    codes = json.loads(listing.with_suffix(".codes").read_text())
+    return [
+        Outcome(of_job, [(Path(job.folder) / f"rank{rank}.txt").read_text() for rank in range(job.ranks)])
+        for job, of_job in zip(jobs, codes, strict=True)
+    ]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without what a launcher has left in it, and one thread a rank."""
+    left = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SUBMITIT_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        left.pop(name, None)
+    return left | {"OMP_NUM_THREADS": "1"}
+
+
+# Programs: what every rank does. Each returns the exit code.
+
+
+def recorded(folder: Path, argument: int, words: list[str]) -> int:
+    """Train, and save what passed: ids of every batch, gradients of the first three steps, losses, parameters before each."""
+    record = {"ids": [], "gradients": [], "losses": [], "theta": []}
+    step, update = Trainer._step, GatedAdam.step
+
+    def watched_step(self, ids, rate):
+        record["ids"].append(torch.from_numpy(ids[self.mine[ids]]))
+        record["theta"].append(self.reconstruction.mixture.theta.detach().clone())
+        step(self, ids, rate)
+
+    def watched_update(self, rate, losses, counts):
+        if len(record["gradients"]) < 3:
+            record["gradients"].append(torch.stack([mixture.grad.clone() for mixture in self._mixtures]))
+        record["losses"].append(losses.clone())
+        update(self, rate, losses, counts)
+
+    Trainer._step, GatedAdam.step = watched_step, watched_update
+    try:
+        return train.main(words)
+    finally:
+        Trainer._step, GatedAdam.step = step, update
+        torch.save(record, folder / f"record{os.environ.get('RANK', '0')}.pt")
+
+
+def poisoned(folder: Path, argument: int, words: list[str]) -> int:
+    """Train; at step ``argument`` the first particle of the last rank turns into NaN. Saves the parameters at the end."""
+    step, run_epoch = Trainer._step, Trainer.run_epoch
+
+    def poisoned_step(self, ids, rate):
+        mine = ids[self.mine[ids]]
+        if self.progress.step == argument and self.world.rank == self.world.size - 1:
+            self.dataset._spectra[self.dataset._row[mine[0]]] = torch.nan
+            (folder / "particle.txt").write_text(self.table.location(int(mine[0])))
+        step(self, ids, rate)
+
+    def watched_epoch(self, on_report):
+        try:
+            run_epoch(self, on_report)
+        finally:
+            torch.save(self.reconstruction.mixture.theta.detach(), folder / f"theta{self.world.rank}.pt")
+
+    Trainer._step, Trainer.run_epoch = poisoned_step, watched_epoch
+    return train.main(words)
+
+
+def killed(folder: Path, argument: int, words: list[str]) -> int:
+    """Train, and die without a word before step ``argument``."""
+    step = Trainer._step
+
+    def last_step(self, ids, rate):
+        if self.progress.step == argument:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, ids, rate)
+
+    Trainer._step = last_step
+    return train.main(words)
+
+
+def plain(folder: Path, argument: int, words: list[str]) -> int:
+    """Train."""
+    return train.main(words)
+
+
+PROGRAMS = {program.__name__: program for program in (recorded, poisoned, killed, plain)}
+
+
+# The launcher
+
+
+def _launch(job: Job) -> list[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes = [_fork(job, rank, port) for rank in range(job.ranks)]
+    codes, end = {}, time.monotonic() + TIMEOUT_S
+    while len(codes) < job.ranks:
+        for process in processes:
+            if process not in codes:
+                found, status = os.waitpid(process, os.WNOHANG)
+                if found:
+                    codes[process] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > end:
+                    os.kill(process, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[process] for process in processes]
+
+
+def _fork(job: Job, rank: int, port: int) -> int:
+    """Process number of a rank."""
+    process = os.fork()
+    if process:
+        return process
+    code = 70
+    try:
+        if job.ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        output = os.open(Path(job.folder) / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        try:
+            with training_set.without_figures():
+                code = PROGRAMS[job.program](Path(job.folder), job.argument, job.words)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # what Python itself would print
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def main() -> int:
+    if len(sys.argv) == 2:
+        for module in ("torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure"):
+            importlib.import_module(module)  # before the fork, so that no rank has to
+        listing = Path(sys.argv[1])
+        codes = [_launch(Job(**job)) for job in json.loads(listing.read_text())]
+        listing.with_suffix(".codes").write_text(json.dumps(codes))
+        return 0
+    program, folder, argument, *words = sys.argv[1:]
+    return PROGRAMS[program](Path(folder), int(argument), words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
