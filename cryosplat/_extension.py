@@ -19,4 +19,7 @@ except ImportError as error:
         "Build it in the checkout: 'make venv', or 'pip install -e .' in an environment of your own (needs g++)."
     ) from error
 
-__all__ = ["core"]
+HAS_CUDA = hasattr(core, "cuda")
+"""Whether the core was compiled with its CUDA half."""
+
+__all__ = ["HAS_CUDA", "core"]

@@ -56,7 +56,7 @@ def save(folder: str | os.PathLike, step: int, state: dict[str, Any], keep: int)
     torch.save({"format": FORMAT, "state": state}, buffer)
     path = folder / f"step_{step:09d}.pt"
     with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getvalue())
     # What lies beyond this step is unreadable or belongs to a course that was given up: it must not be the latest.
     for other in _found(folder):
         if _step(other) > step:

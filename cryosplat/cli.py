@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cryosplat import __version__
-from cryosplat.errors import InputError, PeerError
+from cryosplat.errors import InputError, PeerError, PeerGone
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -34,6 +34,11 @@ def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namesp
     _set_up_logging()
     try:
         run(args)
+    except PeerGone:
+        # At once: PyTorch's process group, when its objects are freed, may wait for the peer that is not there any more.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(USER_ERROR)
     except PeerError:
         return USER_ERROR
     except InputError as error:

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cryosplat._extension import HAS_CUDA
 from cryosplat.config import Config
-from cryosplat.errors import InputError, PeerError
+from cryosplat.errors import InputError, PeerError, PeerGone
 
 _LOG = logging.getLogger("cryosplat")
 
@@ -88,7 +89,7 @@ def join(config: Config) -> Iterator[World]:
 
     Raises:
         InputError: half an environment, no such device, or the other ranks do not answer.
-        PeerError: another rank has ended before its time.
+        PeerGone: another rank has ended before its time.
     """
     placement = find_placement(os.environ)
     device = choose_device(config.train.device, placement.local_rank)
@@ -97,20 +98,21 @@ def join(config: Config) -> Iterator[World]:
     backend = _choose_backend(config, device) if placement.size > 1 else "none"
     if placement.size > 1:
         _connect(placement, backend, config.distributed.timeout_minutes)
-    finished = False
+    leave = backend == "gloo"
     try:
         yield _survey(placement, device, backend, config.train.threads)
-        finished = True
+        leave = True
     except RuntimeError as error:
         if placement.size == 1 or not PEER_GONE.search(str(error)):
             raise
         # What went wrong is for that rank to say; where in this one's code it was missed helps nobody.
         _LOG.warning("rank %d stops, because another rank has ended", placement.rank)
-        raise PeerError("another rank has ended") from error
+        leave = False  # it may wait for ever
+        raise PeerGone("another rank has ended") from error
     finally:
         # After an error gloo's peers see the closed connections and stop too. NCCL would wait here for collectives
         # that never come; there the launcher ends the other ranks when this one dies.
-        if dist.is_initialized() and (finished or backend == "gloo"):
+        if dist.is_initialized() and leave:
             dist.destroy_process_group()
 
 
@@ -211,10 +213,13 @@ def first_host(nodes: str) -> str:
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """The device of a rank: by local rank among the visible GPUs, round and round.
 
-    Modulo, because some Slurm settings show every rank all GPUs of the node and some only its own.
+    "auto" is the CPU wherever there is no GPU, or the compiled core has no CUDA half. Modulo, because some Slurm settings
+    show every rank all GPUs of the node and some only its own.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if wanted == "cpu" or (wanted == "auto" and not (HAS_CUDA and torch.cuda.is_available())):
         return torch.device("cpu")
+    if not HAS_CUDA:
+        raise InputError("train.device=cuda, but this version has no CUDA kernels yet; use train.device=cpu (or auto)")
     if not torch.cuda.is_available():
         raise InputError("train.device=cuda, but no GPU is visible here; train.device=auto uses one where there is one")
     return torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class PeerError(InputError):
     """Another rank found what its message says, and reports it; this rank stops without a word."""
+
+
+class PeerGone(PeerError):
+    """Another rank has ended before its time. The process group is broken, and this process had best end too."""

@@ -25,7 +25,7 @@ class SpectralLoss(torch.autograd.Function):
     def forward(ctx, images: Tensor, filters: Tensor | None, spectra: Tensor) -> Tensor:
         """Losses (views, B) of images (views, B, D, D), filters (B, D, D//2+1), half-spectra (B, D, D//2+1)."""
         box = images.shape[-1]
-        residual = torch.fft.rfft2(images, norm="ortho")
+        residual = _half_spectra(images)
         if filters is not None:
             residual *= filters
         residual -= spectra
@@ -40,8 +40,17 @@ class SpectralLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses: Tensor):
         (residual,) = ctx.saved_tensors
+        if residual.numel() == 0:
+            return residual.real.new_zeros(*residual.shape[:-1], ctx.box), None, None
         gradient = torch.fft.irfft2(residual, s=(ctx.box, ctx.box), norm="ortho")
         return gradient.mul_((2 / ctx.box**2) * grad_losses[..., None, None]), None, None
+
+
+def _half_spectra(images: Tensor) -> Tensor:
+    """Orthonormal ``rfft2`` of images (..., D, D). MKL, unlike other libraries, refuses to transform no image at all."""
+    if images.numel() == 0:
+        return images.new_zeros(*images.shape[:-1], images.shape[-1] // 2 + 1, dtype=images.dtype.to_complex())
+    return torch.fft.rfft2(images, norm="ortho")
 
 
 def _power(spectra: Tensor) -> Tensor:
@@ -115,7 +124,7 @@ class Reconstruction(nn.Module):
 
     def predict(self, batch: Batch) -> Tensor:
         """CTF-modulated half-spectra (views, B, D, D//2+1) of the batch's views."""
-        spectra = torch.fft.rfft2(self.project(batch), norm="ortho")
+        spectra = _half_spectra(self.project(batch))
         filters = self._filters(batch)
         return spectra if filters is None else spectra * filters
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from cryosplat import checkpoint, distributed
 from cryosplat.config import Config, check_files, load_config, save_config
 from cryosplat.dataset import ParticleDataset, noise_weights
-from cryosplat.errors import InputError
+from cryosplat.errors import InputError, PeerError
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.metrics import read_metrics
@@ -29,6 +29,11 @@ from cryosplat.sampling import BatchPlan
 from cryosplat.trainer import Progress, Report, Trainer
 
 logger = logging.getLogger("cryosplat.train")  # __name__ is __main__ under python -m
+
+
+NARROWEST_PX = 0.5
+"""Least standard deviation of a Gaussian. Images and maps are samples at pixel centres, and the sum over pixels of a
+narrower one depends on where between them it lies (docs/physics.md): by 3 % at 0.5 px, several times at 0.25 px."""
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -112,13 +117,15 @@ class Run:
 
     def _reconstruction(self, dataset: ParticleDataset, weights: torch.Tensor | None) -> Reconstruction:
         model = self.config.model
+        narrowest = NARROWEST_PX / dataset.box
         mixture = GaussianMixture(
             len(MODEL_NAMES) if self.config.maps.halves else 1,
             model.gaussians,
             model.amplitudes,
-            (model.scale_min, model.scale_max),
+            (max(model.scale_min, narrowest), max(model.scale_max, 4 * narrowest)),
         )
-        mixture.start_randomly(model.spread, model.scale, self.config.train.seed)
+        start = max(model.scale, 1.5 * narrowest)
+        mixture.start_randomly(model.spread, start, self.config.train.seed)
         return Reconstruction(
             mixture, dataset.box, dataset.pixel_size_a, weights, model.cutoff, self.world.size
         ).to(self.world.device)
@@ -211,7 +218,7 @@ class Run:
             "particles": trainer.plan.particles,
             "gaussians": trainer.reconstruction.mixture.gaussians,
             "box": trainer.reconstruction.box,
-            "pixel_size_a": trainer.reconstruction.pixel_size_a,
+            "pixel_size_a": round(trainer.reconstruction.pixel_size_a, 6),  # what float32 files carry
             "world_size": self.world.size,
             "images_per_second": self.images_trained / self.training_seconds if self.training_seconds else None,
             "cpu_seconds": self.before["cpu"] + sum(cpu for cpu, _ in ranks),
@@ -271,7 +278,7 @@ def ending(summary: dict[str, Any]) -> str:
     rate = summary.get("images_per_second")
     rows += [
         ("time", f"{summary['training_seconds']:.0f} s of training" + (f", {rate:.0f} images/s" if rate else "")),
-        ("memory", f"{summary['peak_memory_gib']:.2f} GiB over {summary['world_size']} ranks"),
+        ("memory", f"{summary['peak_memory_gib']:.2f} GiB over {summary['world_size']} process{'es' if summary['world_size'] > 1 else ''}"),
         ("map", str(folder / "map.mrc")),
     ]
     if summary.get("resolution_naive_a") is not None:
@@ -292,8 +299,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the configuration, train, and print the ending (rank 0)."""
-    summary = train(load_config(args.config, args.settings))
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    try:
+        config = load_config(args.config, args.settings)
+    except InputError as error:
+        if first:
+            raise
+        raise PeerError(str(error)) from error  # every rank finds the same; one says it
+    summary = train(config)
+    if first:
         print(ending(summary))
 
 

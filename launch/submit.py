@@ -1,7 +1,7 @@
 """Submit a training run: to Slurm where there is one, else to this machine.
 
   python launch/submit.py --config demo.yaml
-  python launch/submit.py --config 10049.yaml data_root=/data/cryodrgn_empiar --nodes 2 --gpus-per-node 4 --time 8:00:00
+  python launch/submit.py --config 10049.yaml data_root=/data/cryodrgn_empiar train.batch=64 --nodes 2 --gpus-per-node 4
 
 The configuration and its files are checked before anything is submitted. On Slurm this returns at once; a local job is
 followed to its end, and the exit status is 0 if it succeeded. A job that Slurm interrupts (time limit, preemption) is

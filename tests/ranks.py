@@ -25,7 +25,7 @@ from cryosplat import train
 from cryosplat.optimiser import GatedAdam
 from cryosplat.trainer import Trainer
 
-TIMEOUT_S = 40
+TIMEOUT_S = 120
 """After which ranks that hang are killed; none takes ten seconds."""
 
 
@@ -74,7 +74,7 @@ def environment() -> dict[str, str]:
 
 
 def recorded(folder: Path, argument: int, words: list[str]) -> int:
-    """Train, and save what passed: ids of every batch, gradients of the first three steps, losses, parameters before each."""
+    """Train, and save what passed: ids and losses of every batch, parameters before it, the first three gradients."""
     record = {"ids": [], "gradients": [], "losses": [], "theta": []}
     step, update = Trainer._step, GatedAdam.step
 
@@ -98,7 +98,7 @@ def recorded(folder: Path, argument: int, words: list[str]) -> int:
 
 
 def poisoned(folder: Path, argument: int, words: list[str]) -> int:
-    """Train; at step ``argument`` the first particle of the last rank turns into NaN. Saves the parameters at the end."""
+    """Train; the last rank's first particle of step ``argument`` turns into NaN. Saves the parameters in the end."""
     step, run_epoch = Trainer._step, Trainer.run_epoch
 
     def poisoned_step(self, ids, rate):

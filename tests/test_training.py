@@ -1,5 +1,4 @@
-"""Training as a whole: any number of ranks, interrupted or not, gives the same; halves share nothing; what goes wrong stops
-all ranks."""
+"""Training as a whole: alike on any number of ranks, interrupted or not; halves share nothing; errors stop all ranks."""
 
 import csv
 import json
@@ -7,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +48,21 @@ def noisy_half_b(stack, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def jobs(stack, noisy_half_b, tmp_path_factory):
+def small_disks(tmp_path_factory):
+    """Two folders on file systems of some kilobytes; none without the right to mount."""
+    folders = []
+    for kilobytes in (20, 300) if os.geteuid() == 0 else ():
+        folder = tmp_path_factory.mktemp("disk")
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            folders.append(folder)
+    yield folders
+    for folder in folders:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def jobs(stack, noisy_half_b, small_disks, tmp_path_factory):
     """Folder of all the runs on several ranks below, and by name what became of them."""
     folder = tmp_path_factory.mktemp("ranks")
     flipped = training_set.altered(stack, folder / "flipped_stack", lambda images: -images)
@@ -61,7 +73,7 @@ def jobs(stack, noisy_half_b, tmp_path_factory):
 
     todo = {
         "one": job("one", "recorded", 1),
-        "three": job("three", "recorded", 3, "train.epochs=1"),
+        "three": job("three", "recorded", 3),
         "four": job("four", "recorded", 4),
         "noise": job("noise", "plain", 2, stack=noisy_half_b),
         "poisoned one": job("poisoned one", "poisoned", 1, argument=POISONED_STEP),
@@ -72,6 +84,8 @@ def jobs(stack, noisy_half_b, tmp_path_factory):
         "moved, to four": job("moved, to four", "plain", 4, SAVE_OFTEN),
         "flipped": job("flipped", "plain", 2, stack=flipped),
     }
+    for count, disk in zip((2, 1), small_disks, strict=False):
+        todo[f"full {count}"] = job(f"full {count}", "plain", count, f"run_dir={disk / 'run'}")
     return folder, dict(zip(todo, ranks.run_jobs(folder, list(todo.values())), strict=True))
 
 
@@ -127,9 +141,9 @@ def test_gradients_and_losses_are_those_of_one_process(jobs, torchrun, count):
     assert all(torch.equal(of_rank["gradients"][2], found[0]["gradients"][2]) for of_rank in found)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 3, 4])
 def test_the_mixtures_in_the_end_are_those_of_one_process(jobs, torchrun, count):
-    run_dir = (torchrun[0] if count == 2 else jobs[0] / "four") / "run"
+    run_dir = (torchrun[0] if count == 2 else jobs[0] / {3: "three", 4: "four"}[count]) / "run"
     assert relative(mixtures(run_dir), mixtures(jobs[0] / "one" / "run")) < 1e-4
 
 
@@ -138,7 +152,7 @@ def test_the_ranks_together_see_the_batches_of_the_plan(stack, jobs, torchrun, c
     found = records(torchrun[0] if count == 2 else jobs[0] / {1: "one", 3: "three", 4: "four"}[count], count)
     plan = BatchPlan(training_set.halves(stack), batch=16, seed=0)
     assert plan.batches == STEPS_AN_EPOCH
-    for epoch in range(1 if count == 3 else 3):
+    for epoch in range(3):
         for step, ids in enumerate(plan.epoch(epoch), start=epoch * STEPS_AN_EPOCH):
             seen = torch.cat([of_rank["ids"][step] for of_rank in found])
             assert sorted(seen.tolist()) == sorted(ids.tolist())
@@ -171,11 +185,11 @@ def check_that_only_half_b_changed(before, after):
     states = [training_set.last_checkpoint(run_dir)["trainer"] for run_dir in (before, after)]
     (full, half_a, half_b), (new_full, new_half_a, new_half_b) = (state["mixtures"] for state in states)
     assert torch.equal(half_a, new_half_a)
-    assert relative(half_b, new_half_b) > 0.1 and relative(full, new_full) > 0.1
+    assert relative(half_b, new_half_b) > 0.1 and relative(full, new_full) > 0.03
     assert states[0]["unit"][1] == states[1]["unit"][1] and states[0]["unit"][2] != states[1]["unit"][2]
-    maps = {name: [read_map(run_dir / f"{name}.mrc")[0] for run_dir in (before, after)] for name in ("half_a", "half_b")}
-    np.testing.assert_array_equal(*maps["half_a"])
-    assert not np.allclose(*maps["half_b"], rtol=0.1)
+    half_a, half_b = ([read_map(run_dir / name)[0] for run_dir in (before, after)] for name in ("half_a.mrc", "half_b.mrc"))
+    np.testing.assert_array_equal(*half_a)
+    assert not np.allclose(*half_b, rtol=0.1)
     losses = [[row["loss_half_a"] for row in numbers(run_dir)] for run_dir in (before, after)]
     assert losses[0] == losses[1]
 
@@ -342,24 +356,6 @@ def test_settings_that_were_refused_do_not_stand_in_the_way_of_the_mended_ones(s
     assert (tmp_path / "run" / "map.mrc").exists()
 
 
-@pytest.fixture(scope="module")
-def small_disk(tmp_path_factory):
-    """Gives a file system of some kilobytes."""
-    mounted = []
-
-    def mount(kilobytes):
-        folder = tmp_path_factory.mktemp("disk")
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("needs the right to mount a small tmpfs")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def whole(run_dir):
     """All files of a run directory, after a look that none of them is a part of one."""
     files = [path for path in run_dir.rglob("*") if path.is_file()]
@@ -372,23 +368,18 @@ def whole(run_dir):
     return {path.name for path in files}
 
 
-def test_a_disk_that_fills_up_stops_all_ranks_with_one_error(stack, small_disk, tmp_path):
-    checkpoint, products = small_disk(20), small_disk(600)
-    first, second = ranks.run_jobs(
-        tmp_path,
-        [
-            Job("plain", 2, str(tmp_path / "checkpoint"), training_set.settings(stack, checkpoint / "run")),
-            Job("plain", 1, str(tmp_path / "products"), training_set.settings(stack, products / "run")),
-        ],
-    )
-    for outcome, file in ((first, r"step_000000019\.pt"), (second, r"half_a\.mrc|map\.mrc|events.*|tensorboard")):
-        assert set(outcome.codes) == {2}
+def test_a_disk_that_fills_up_stops_all_ranks_with_one_error(jobs, small_disks):
+    if len(small_disks) < 2:
+        pytest.skip("needs the right to mount a small tmpfs")
+    for count, disk, file in ((2, small_disks[0], "step_000000019.pt"), (1, small_disks[1], "half_a.mrc")):
+        outcome = jobs[1][f"full {count}"]
+        assert outcome.codes == [2] * count
         text = "".join(outcome.texts)
         assert text.count("error:") == 1 and "Traceback" not in text
         (line,) = (line for line in text.splitlines() if line.startswith("error:"))
-        assert "No space left on device" in line and Path(line.split()[3].rstrip(":")).is_relative_to(
-            checkpoint if outcome is first else products
-        )
-    assert "rank 1 stops, because another rank has ended" in first.texts[1]
-    assert "step_000000057.pt" in whole(products / "run") and "summary.json" not in whole(products / "run")
-    assert not any(name.endswith(".pt") for name in whole(checkpoint / "run"))
+        assert line.startswith(f"error: cannot write {disk}/run/") and line.endswith("No space left on device")
+        assert file in line
+    assert "rank 1 stops, because another rank has ended" in jobs[1]["full 2"].texts[1]
+    left, products = (whole(disk / "run") for disk in small_disks)
+    assert not any(name.endswith(".pt") for name in left)
+    assert "step_000000057.pt" in products and "summary.json" not in products

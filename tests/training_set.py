@@ -1,7 +1,7 @@
-"""A tiny simulated particle stack of a chiral molecule with known truth, and one run trained on it, made once a session.
+"""A tiny simulated stack of a chiral molecule with known truth, and one run trained on it, each made once a session.
 
 The molecule is a few round blobs along a right-handed spiral with one arm off it, so it equals neither its mirror
-image nor itself under any rotation. Images come from ``cryosplat simulate``, by Fourier slices, not from the splat kernel.
+image nor itself under any rotation. Images come from ``cryosplat simulate``: Fourier slices, not the splat kernel.
 """
 
 import contextlib
@@ -87,8 +87,9 @@ def config(stack: Path, run_dir: Path, *others: str) -> Config:
 
 @contextlib.contextmanager
 def without_figures() -> Iterator[None]:
-    """Nothing is drawn inside: drawing takes longer than these trainings. The runs' products are the same but for it."""
-    nothing = {name: lambda *_args, **_words: None for name in vars(figures) if name.endswith("_figure") or name == "save"}
+    """No figure is drawn inside, which would take longer than these trainings; all else is as ever."""
+    drawing = [name for name in vars(figures) if name.endswith("_figure") or name == "save"]
+    nothing = {name: lambda *_args, **_words: None for name in drawing}
     with mock.patch.multiple(figures, **nothing), mock.patch.object(Monitor, "evaluation"):
         yield
 

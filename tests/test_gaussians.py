@@ -1,0 +1,162 @@
+"""Gaussian mixtures: covariance, activations, start, bounds, and that an exported mixture gives the same map."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from cryosplat import reference
+from cryosplat.gaussians import (
+    AMPLITUDE,
+    MEAN,
+    QUATERNION,
+    SCALE,
+    GaussianMixture,
+    covariance_entries,
+    mixture_to_map,
+    quaternion_to_rotation,
+)
+
+BOX, PIXEL_SIZE_A = 24, 2.5
+RANGE = (0.004, 0.1)
+
+
+def mixture(models=3, gaussians=17, amplitudes="positive", seed=0):
+    """A mixture of trained appearance: nothing is round, centred or equal."""
+    made = GaussianMixture(models, gaussians, amplitudes, RANGE)
+    made.start_randomly(0.1, 0.04, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.mixtures:
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter[:, MEAN] *= 0.3
+        made.unit.copy_(torch.linspace(0.5, 2, models))
+    made.stay_in_bounds()
+    return made
+
+
+def by_hand(made, model):
+    """Means (px), covariances (px^2) and amplitudes of one mixture, by NumPy and SciPy in float64."""
+    theta = made.theta[model].detach().double().numpy()
+    softplus = np.logaddexp(0, theta)
+    rotation = Rotation.from_quat(np.roll(theta[:, QUATERNION], -1, axis=1)).as_matrix()  # SciPy has w last
+    scales = softplus[:, SCALE] * BOX
+    covariances = rotation @ (scales[:, :, None] ** 2 * rotation.transpose(0, 2, 1))
+    shape = softplus[:, AMPLITUDE] if made.positive else theta[:, AMPLITUDE] / (0.1 * made.gaussians)
+    return theta[:, MEAN] * BOX, covariances, float(made.unit[model]) * shape * BOX**2
+
+
+def test_rotations_are_those_of_the_quaternions_whatever_their_length():
+    quaternions = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    expected = Rotation.from_quat(quaternions[:, [1, 2, 3, 0]].numpy()).as_matrix()
+    np.testing.assert_allclose(quaternion_to_rotation(quaternions), expected, atol=1e-12)
+
+
+def test_covariances_are_r_s_squared_r_transposed():
+    generator = torch.Generator().manual_seed(1)
+    quaternions = torch.randn(30, 4, dtype=torch.float64, generator=generator)
+    scales = torch.rand(30, 3, dtype=torch.float64, generator=generator) + 0.1
+    rotation = Rotation.from_quat(quaternions[:, [1, 2, 3, 0]].numpy()).as_matrix()
+    expected = rotation @ (scales.numpy()[:, :, None] ** 2 * rotation.transpose(0, 2, 1))
+    found = reference.symmetric_matrices(covariance_entries(quaternions, scales))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("amplitudes", ["positive", "signed"])
+def test_parameters_become_pixels_as_the_formulas_say(amplitudes):
+    made = mixture(amplitudes=amplitudes)
+    for model in range(3):
+        means, covariances, integrals = (each[model].detach() for each in made.in_pixels(BOX))
+        expected = by_hand(made, model)
+        np.testing.assert_allclose(means, expected[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(reference.symmetric_matrices(covariances), expected[1], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(integrals, expected[2], rtol=1e-4)
+    assert bool((made.amplitudes() > 0).all()) is (amplitudes == "positive")
+
+
+@pytest.mark.parametrize("amplitudes", ["positive", "signed"])
+def test_at_the_start_all_gaussians_are_round_and_equal_and_sum_to_the_unit(amplitudes):
+    made = GaussianMixture(2, 4000, amplitudes, RANGE)
+    made.start_randomly(0.075, 0.0075, seed=0)
+    torch.testing.assert_close(made.amplitudes().sum(1), torch.ones(2), rtol=1e-4, atol=0)
+    assert made.amplitudes().std() < 1e-9
+    torch.testing.assert_close(made.scales(), torch.full((2, 4000, 3), 0.0075), rtol=1e-5, atol=0)
+    _, covariances, _ = made.in_pixels(BOX)
+    expected = (0.0075 * BOX) ** 2 * torch.tensor([1.0, 0, 0, 1, 0, 1])
+    torch.testing.assert_close(covariances, expected.expand(2, 4000, 6), rtol=1e-4, atol=1e-8)
+    positions = made.theta[..., MEAN].detach()
+    assert positions.mean().abs() < 0.002 and float(positions.std()) == pytest.approx(0.075, rel=0.02)
+    made.unit.copy_(torch.tensor([2.0, 0.5]))
+    torch.testing.assert_close(made.amplitudes().sum(1), made.unit, rtol=1e-4, atol=0)
+
+
+def test_each_model_starts_on_its_own_whatever_the_others():
+    one, three = (GaussianMixture(models, 20, "positive", RANGE) for models in (1, 3))
+    for made in (one, three):
+        made.start_randomly(0.1, 0.02, seed=5)
+    assert torch.equal(one.mixtures[0], three.mixtures[0])
+    starts = [mixture[:, MEAN] for mixture in three.mixtures]
+    assert all((starts[a] != starts[b]).all() for a, b in ((0, 1), (0, 2), (1, 2)))
+    again = GaussianMixture(1, 20, "positive", RANGE)
+    again.start_randomly(0.1, 0.02, seed=6)
+    assert not torch.equal(again.mixtures[0], one.mixtures[0])
+
+
+def test_bounds_hold_scales_and_positions_and_nothing_else():
+    made = GaussianMixture(1, 4, "signed", RANGE)
+    with torch.no_grad():
+        made.mixtures[0].copy_(torch.tensor([-100.0, 100.0, -0.4, 0.2])[:, None].expand(4, 11))
+    made.stay_in_bounds()
+    expected = [[RANGE[0]] * 3, [RANGE[1]] * 3, [RANGE[1]] * 3, [RANGE[1]] * 3]
+    torch.testing.assert_close(made.scales()[0], torch.tensor(expected), rtol=1e-5, atol=0)
+    assert made.mixtures[0][:, 0].tolist() == pytest.approx([-0.5, 0.5, -0.4, 0.2])
+    assert made.mixtures[0][:, AMPLITUDE].tolist() == pytest.approx([-100, 100, -0.4, 0.2])
+
+
+def test_a_gaussian_at_its_bound_can_come_back():
+    made = GaussianMixture(1, 1, "positive", RANGE)
+    made.start_randomly(0.01, RANGE[1], seed=0)
+    made.stay_in_bounds()
+    made.scales().sum().backward()
+    assert (made.mixtures[0].grad[:, SCALE] > 0).all()
+
+
+@pytest.mark.parametrize("amplitudes", ["positive", "signed"])
+def test_maps_are_the_sum_of_the_gaussians(amplitudes):
+    made = mixture(amplitudes=amplitudes)
+    maps = made.voxelise(BOX)
+    assert maps.shape == (3, BOX, BOX, BOX)
+    for model in range(3):
+        means, covariances, integrals = (torch.from_numpy(each) for each in by_hand(made, model))
+        entries = covariances[:, [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]]
+        expected = reference.voxelise(means[None], entries[None], integrals[None], BOX, None)[0]
+        assert float((maps[model] - expected).norm() / expected.norm()) < 2e-5
+
+
+def test_an_exported_mixture_gives_the_same_map_on_its_own_grid_and_the_same_density_on_a_finer_one():
+    made = mixture()
+    for model in range(3):
+        exported = made.export(model, BOX, PIXEL_SIZE_A)
+        assert {name: tuple(value.shape) for name, value in exported.items()} == {
+            "means": (17, 3), "scales": (17, 3), "quaternions": (17, 4), "amplitudes": (17,),
+        }  # fmt: skip
+        expected = made.voxelise(BOX)[model]
+        found = mixture_to_map(exported, BOX, PIXEL_SIZE_A)
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+        # Twice as fine: voxel 2 i - D of the fine grid is voxel i of the coarse one; each pixel of depth is half.
+        fine = mixture_to_map(exported, 2 * BOX, PIXEL_SIZE_A / 2)
+        assert float((2 * fine[::2, ::2, ::2] - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_an_exported_mixture_is_in_angstrom_from_the_origin_of_the_grid():
+    made = GaussianMixture(1, 1, "positive", RANGE)
+    with torch.no_grad():
+        made.mixtures[0].copy_(torch.tensor([[0.25, -0.125, 0.0, *[math.log(math.expm1(0.05))] * 3, 2, 0, 0, 0, 0]]))
+    exported = made.export(0, BOX, PIXEL_SIZE_A)
+    assert exported["means"][0].tolist() == pytest.approx([15.0, -7.5, 0.0])
+    assert exported["scales"][0].tolist() == pytest.approx([3.0] * 3)
+    assert exported["quaternions"][0].tolist() == [1, 0, 0, 0]
+    peak = np.unravel_index(int(made.voxelise(BOX)[0].argmax()), (BOX,) * 3)
+    assert peak == (BOX // 2, BOX // 2 - 3, BOX // 2 + 6)  # z, y, x
