@@ -17,15 +17,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
     parser = argparse.ArgumentParser(
         prog="cryosplat",
-        description="Cryo-EM homogeneous reconstruction by Gaussian splatting: particle images with known poses and CTF "
-        "in, a map, two half maps and their resolution out.",
+        description="Cryo-EM homogeneous reconstruction by Gaussian splatting: particle images with known poses and "
+        "CTF in, a map, two half maps and their resolution out.",
         epilog="'cryosplat COMMAND --help' says more.",
     )
     parser.add_argument("--version", action="version", version=f"cryosplat {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, add in _COMMANDS.items():
-        add(commands, name)
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for name, (summary, add) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        # Only the one that is asked for brings its module in: "cryosplat --help" must not wait for PyTorch.
+        if name in words:
+            add(command)
+    args = parser.parse_args(words)
     return run_command(args.run, args)
 
 
@@ -35,7 +39,7 @@ def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namesp
     try:
         run(args)
     except PeerGone:
-        # At once: PyTorch's process group, when its objects are freed, may wait for the peer that is not there any more.
+        # At once: PyTorch's process group, when its objects are freed, may wait for ever for the peer that is gone.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(USER_ERROR)
@@ -61,84 +65,68 @@ def _set_up_logging() -> None:
     package.propagate = False
 
 
-# Each command imports its module only when asked for: "cryosplat --help" must not wait for PyTorch.
+# The commands: each puts its description, arguments and ``run`` into its parser.
 
 
-def _train(commands, name: str) -> None:
-    parser = commands.add_parser(
-        name,
-        help="reconstruct a particle stack",
-        description="Reconstruct a particle stack. Alone, or under torchrun: "
-        "torchrun --nproc-per-node 4 -m cryosplat.train --config my.yaml",
+def _train(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import train
+
+    parser.description = (
+        "Reconstruct a particle stack. Alone, or under torchrun: "
+        "torchrun --nproc-per-node 4 -m cryosplat.train --config my.yaml"
     )
-    parser.add_argument("--config", metavar="YAML", help="differences from the defaults; a bare name is looked up in configs/")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="single settings, such as train.epochs=3")
-
-    def run(args):
-        from cryosplat import train
-
-        train.run(args)
-
-    parser.set_defaults(run=run)
+    train.add_arguments(parser)
+    parser.set_defaults(run=train.run)
 
 
-def _simulate(commands, name: str) -> None:
+def _simulate(parser: argparse.ArgumentParser) -> None:
     from cryosplat import simulate
 
-    parser = commands.add_parser(
-        name,
-        help="make a particle stack with known truth",
-        description="Make a particle stack with known truth from a protein phantom, an atomic model or a map.",
-    )
+    parser.description = "Make a particle stack with known truth from a protein phantom, an atomic model or a map."
     simulate.add_arguments(parser)
     parser.set_defaults(run=simulate.run)
 
 
-def _fsc(commands, name: str) -> None:
+def _fsc(parser: argparse.ArgumentParser) -> None:
     from cryosplat import fsc
 
-    parser = commands.add_parser(name, help="Fourier shell correlation of two maps", description=fsc.__doc__)
+    parser.description = fsc.__doc__
     fsc.add_arguments(parser)
     parser.set_defaults(run=fsc.run)
 
 
-def _voxelise(commands, name: str) -> None:
-    parser = commands.add_parser(
-        name,
-        help="map of a Gaussian mixture",
-        description="Sample a Gaussian mixture on a voxel grid. Without --box and --pixel-size the grid is the run's own.",
+def _voxelise(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import inspection
+
+    parser.description = (
+        "Sample a Gaussian mixture on a voxel grid. Without --box and --pixel-size the grid is the run's own."
     )
     parser.add_argument("mixture", help="gaussians.npz or gaussians.ply of a run")
     parser.add_argument("-o", "--output", required=True, help="map to write (.mrc)")
-    parser.add_argument("--model", default="full", choices=("full", "half_a", "half_b"), help="of an .npz; default: full")
+    models = ("full", "half_a", "half_b")
+    parser.add_argument("--model", default="full", choices=models, help="of an .npz; default: full")
     parser.add_argument("--box", type=int, help="voxels a side")
     parser.add_argument("--pixel-size", type=float, help="A a voxel")
-
-    def run(args):
-        from cryosplat import inspection
-
-        inspection.voxelise(args)
-
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=inspection.voxelise)
 
 
-def _info(commands, name: str) -> None:
-    parser = commands.add_parser(
-        name,
-        help="what a run directory, mixture, map or stack holds",
-        description="Say what a run directory, a mixture (.npz, .ply), a map or an image stack (.mrc, .mrcs) holds.",
+def _info(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import inspection
+
+    parser.description = (
+        "Say what a run directory, a mixture (.npz, .ply), a map or an image stack (.mrc, .mrcs) holds."
     )
     parser.add_argument("path")
-
-    def run(args):
-        from cryosplat import inspection
-
-        inspection.info(args)
-
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=inspection.info)
 
 
-_COMMANDS = {"train": _train, "simulate": _simulate, "voxelise": _voxelise, "fsc": _fsc, "info": _info}
+_COMMANDS = {
+    "train": ("reconstruct a particle stack", _train),
+    "simulate": ("make a particle stack with known truth", _simulate),
+    "voxelise": ("map of a Gaussian mixture", _voxelise),
+    "fsc": ("Fourier shell correlation of two maps", _fsc),
+    "info": ("what a run directory, mixture, map or stack holds", _info),
+}
 
 
 if __name__ == "__main__":

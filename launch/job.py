@@ -17,7 +17,7 @@ class TrainingJob:
     config: Config
 
     def __call__(self) -> dict[str, Any]:
-        # Here and not above, so that submitting needs neither PyTorch nor the compiled core.
+        # Here and not above, so that submitting to Slurm needs neither PyTorch nor the compiled core.
         from cryosplat.cli import run_command
         from cryosplat.train import ending, train
 

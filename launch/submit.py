@@ -103,10 +103,8 @@ def for_this_machine(options: argparse.Namespace, config: Config) -> dict[str, A
     if options.nodes != 1:
         raise InputError(f"--nodes {options.nodes}: a local job has one node, this machine")
     gpus = options.gpus_per_node
-    if gpus is None and config.train.device != "cpu":
-        import torch  # a second or two, and only here does it matter
-
-        gpus = torch.cuda.device_count()
+    if gpus is None:
+        gpus = gpus_to_use(config)
     listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return {
         "tasks_per_node": options.tasks_per_node or gpus or 1,
@@ -115,6 +113,16 @@ def for_this_machine(options: argparse.Namespace, config: Config) -> dict[str, A
         "visible_gpus": [int(number) for number in listed.split(",")] if re.fullmatch(r"\d+(,\d+)*", listed) else None,
         "timeout_min": minutes(options.time or "365-00"),
     }
+
+
+def gpus_to_use(config: Config) -> int:
+    if config.train.device == "cpu":
+        return 0
+    import torch  # a second or two, and only here does it matter
+
+    from cryosplat.distributed import choose_device
+
+    return torch.cuda.device_count() if choose_device(config.train.device, 0).type == "cuda" else 0
 
 
 def minutes(text: str) -> int:

@@ -147,13 +147,23 @@ def test_impossible_numbers_are_refused(change, message):
 
 
 def test_ranks_take_the_visible_gpus_round_and_round(monkeypatch):
+    monkeypatch.setattr(distributed, "HAS_CUDA", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [distributed.choose_device("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
     assert distributed.choose_device("cpu", 1) == torch.device("cpu")
 
 
+def test_without_cuda_kernels_auto_is_the_cpu_and_cuda_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "HAS_CUDA", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.choose_device("auto", 0) == torch.device("cpu")
+    with pytest.raises(InputError, match="no CUDA kernels"):
+        distributed.choose_device("cuda", 0)
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "HAS_CUDA", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.choose_device("auto", 0) == torch.device("cpu")
     with pytest.raises(InputError, match="train.device=auto"):

@@ -45,7 +45,7 @@ echo "Submitted batch job 7"
 @pytest.fixture
 def place(tmp_path) -> Path:
     """A folder with a configuration and its files, and the package with another cryosplat.train."""
-    shutil.copytree(ROOT / "cryosplat", tmp_path / "cryosplat", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(ROOT / "cryosplat", tmp_path / "cryosplat", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "cryosplat" / "train.py").write_text(TRAINING)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "mine.yaml").write_text(

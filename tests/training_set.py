@@ -29,15 +29,15 @@ BLOB_SIGMA_A = 5.0
 _TURN = np.radians(55) * np.arange(9)
 BLOBS_A = np.concatenate(
     [
-        np.stack([26 * np.cos(_TURN), 26 * np.sin(_TURN), -32 + 8 * np.arange(9)], 1),  # right-handed along +z
-        [(0, 0, -14), (9, 2, -26), (38, -10, -30)],
+        np.stack([19 * np.cos(_TURN), 19 * np.sin(_TURN), -24 + 6 * np.arange(9)], 1),  # right-handed along +z
+        [(0, 0, -10), (7, 2, -20), (29, -8, -22)],
     ]
 )
 """Positions of the blobs, x, y, z in A from the origin, (12, 3)."""
 
 SETTINGS = (
-    "model.gaussians=64",
-    "model.spread=0.15",
+    "model.gaussians=128",
+    "model.spread=0.12",
     "model.scale=0.03",
     "model.scale_min=0.01",
     "train.epochs=3",

@@ -111,12 +111,11 @@ void draw_band(const Mixtures& mixtures, const SplatShape& shape, const SplatInp
     proper &= p.proper;
     double height[packet];
     store(height, mixtures.amplitude(model, first) * p.peak);
-    Columns<Scalar> columns[packet];
-    for (int k = 0; k < packet; ++k) columns[k] = columns_from(p.footprint(k), p.x0(k), static_cast<int>(stride));
     for (int k = 0; k < packet; ++k) {
       if (!p.touches(k, row_begin, row_end)) continue;
       Adder<Scalar> adder{image, stride, static_cast<Scalar>(height[k])};
-      walk(p.footprint(k), columns[k], static_cast<int>(stride), row_begin, row_end, adder);
+      const Footprint<Scalar> f = p.footprint(k);
+      walk(f, columns_from(f, f.x0, static_cast<int>(stride)), static_cast<int>(stride), row_begin, row_end, adder);
     }
   }
   if (!proper)
