@@ -2,8 +2,8 @@
 
 Each row is measured in turns (kernel, PyTorch, kernel, ...), so that a neighbour's noise falls on both; the figure is
 the median CPU time over the turns. The floor is what the inner loops alone would take at the rate of fused
-multiply-adds that a large matrix product reaches here: 3 vector operations a row of a footprint forward (onto the image,
-and two of the recurrence) and 6 backward; it leaves out set-up, exponentials, loads and the tails of vectors.
+multiply-adds that a large matrix product reaches here: 3 vector operations a row of a footprint forward (onto the
+image, and two of the recurrence) and 6 backward; it leaves out set-up, exponentials, loads and the tails of vectors.
 """
 
 import argparse

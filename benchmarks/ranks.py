@@ -1,7 +1,7 @@
 """Training speed on one and on two ranks of one thread: python -m benchmarks.ranks FOLDER [--gaussians 2048].
 
-FOLDER holds particles.star (or --stack), poses.pkl and ctf.pkl. Each run is one epoch with half maps; runs of one and of
-two ranks take turns, and the medians and their ratio are printed, with CPU time and memory (all ranks together).
+FOLDER holds particles.star (or --stack), poses.pkl and ctf.pkl. Each run is one epoch with half maps; runs of one and
+of two ranks take turns, and the medians and their ratio are printed, with CPU time and memory (all ranks together).
 """
 
 import argparse

@@ -213,8 +213,8 @@ def first_host(nodes: str) -> str:
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """The device of a rank: by local rank among the visible GPUs, round and round.
 
-    "auto" is the CPU wherever there is no GPU, or the compiled core has no CUDA half. Modulo, because some Slurm settings
-    show every rank all GPUs of the node and some only its own.
+    "auto" is the CPU wherever there is no GPU, or the compiled core has no CUDA half. Modulo, because some Slurm
+    settings show every rank all GPUs of the node and some only its own.
     """
     if wanted == "cpu" or (wanted == "auto" and not (HAS_CUDA and torch.cuda.is_available())):
         return torch.device("cpu")

@@ -22,7 +22,7 @@ scales at the one learning rate; at 1 signed amplitudes hardly moved in five epo
 class GaussianMixture(nn.Module):
     """M mixtures (full, half a, half b) of G anisotropic Gaussians each, sharing nothing.
 
-    Each mixture is one parameter tensor (G, 11) that holds, per Gaussian: position x, y, z as a fraction of the box from its
+    Each mixture is one parameter tensor (G, 11) with, per Gaussian: position x, y, z as a fraction of the box from its
     centre; three scales s through softplus, fractions of the box; a quaternion w, x, y, z, normalised
     where used; an amplitude. The covariance is R(q) diag(s^2) R(q)^T. Amplitudes are ``unit[m]`` times
     the raw number ("signed") or its softplus ("positive", as in the paper), so that the learning rate
@@ -93,7 +93,7 @@ class GaussianMixture(nn.Module):
         return theta[..., MEAN] * box, covariances, self.amplitudes() * box**2
 
     def project(self, rotations: Tensor, shifts: Tensor, model: Tensor, box: int, cutoff: float) -> Tensor:
-        """Images (V, D, D) without CTF of the mixtures ``model`` (V,) at poses (V, 3, 3) and shifts (V, 2) in pixels."""
+        """Images (V, D, D) without CTF of mixtures ``model`` (V,) at poses (V, 3, 3) and shifts (V, 2) in pixels."""
         means, covariances, amplitudes = self.in_pixels(box)
         return ops.splat(means, covariances, amplitudes, rotations, shifts, model, box, cutoff)
 

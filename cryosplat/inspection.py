@@ -93,12 +93,20 @@ def _densities(path: Path) -> list[tuple[str, str]]:
     if path.suffix == ".mrcs":
         header = read_header(path)
         pixel_size = f"{header.pixel_size_a:.5g} A" if header.pixel_size_a > 0 else "not said"
-        return [("images", f"{header.images:,}"), ("box", f"{header.box} px"), ("pixel size", pixel_size), ("type", str(header.pixel_type))]
+        return [
+            ("images", f"{header.images:,}"),
+            ("box", f"{header.box} px"),
+            ("pixel size", pixel_size),
+            ("type", str(header.pixel_type)),
+        ]
     volume, pixel_size_a = read_map(path)
     return [
         ("box", f"{len(volume)} voxels, {len(volume) * pixel_size_a:.1f} A"),
         ("voxel size", f"{pixel_size_a:.5g} A"),
-        ("density", f"mean {volume.mean():.4g}, standard deviation {volume.std():.4g}, {volume.min():.4g} to {volume.max():.4g}"),
+        (
+            "density",
+            f"{volume.min():.4g} to {volume.max():.4g}, mean {volume.mean():.4g}, deviation {volume.std():.4g}",
+        ),
     ]
 
 

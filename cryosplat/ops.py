@@ -43,7 +43,8 @@ def splat(
 
     >>> one, three = torch.ones(1, 1), torch.zeros(1, 1, 3)
     >>> covariance = torch.tensor([[[4.0, 0.0, 0.0, 4.0, 0.0, 4.0]]])
-    >>> image = splat(three, covariance, one, torch.eye(3)[None], torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), 32, 5.0)
+    >>> pose = torch.eye(3)[None], torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
+    >>> image = splat(three, covariance, one, *pose, box=32, cutoff=5.0)
     >>> image.shape, round(float(image.sum()), 4), image[0].argmax().item() == 16 * 32 + 16
     (torch.Size([1, 32, 32]), 1.0, True)
     """
@@ -225,9 +226,7 @@ def _voxelise_backward(
 
 @_voxelise_backward.register_fake
 def _(grad_volumes, means, covariances, amplitudes, box, cutoff):
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (means, covariances, amplitudes)
-    )
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (means, covariances, amplitudes))
 
 
 def _voxelise_setup(ctx, inputs, output):

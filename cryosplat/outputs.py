@@ -172,11 +172,11 @@ def write_mixture_ply(
     names = [name for properties in _PLY_PROPERTIES.values() for name in properties]
     vertices = np.concatenate(columns, 1).astype("<f4").view([(name, "<f4") for name in names])[:, 0]
     comments = [
-        "Gaussian mixture by cryosplat: map(r) = pixel_size_a * sum of amplitude * N(r; (x, y, z), R diag(scale^2) R^T)",
+        "Gaussian mixture by cryosplat: map(r) = pixel_size_a sum of amplitude * N(r; (x, y, z), R diag(scale^2) R^T)",
         "x, y, z: Angstrom from the origin, which is voxel box // 2 on every axis; voxel = x / pixel_size_a + box // 2",
         "scale_0, scale_1, scale_2: standard deviations in Angstrom along the columns of R; R: unit quaternion rot_0 "
         "(w), rot_1, rot_2, rot_3 (x, y, z)",
-        "amplitude: image units times square Angstrom, of either sign; amplitude / pixel_size_a^2 is its sum over voxels",
+        "amplitude: image units times A^2, of either sign; amplitude / pixel_size_a^2 is its sum over the voxels",
         f"box {box}",
         f"pixel_size_a {pixel_size_a!r}",
     ]

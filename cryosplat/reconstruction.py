@@ -47,7 +47,7 @@ class SpectralLoss(torch.autograd.Function):
 
 
 def _half_spectra(images: Tensor) -> Tensor:
-    """Orthonormal ``rfft2`` of images (..., D, D). MKL, unlike other libraries, refuses to transform no image at all."""
+    """Orthonormal ``rfft2`` of images (..., D, D). MKL, unlike others, refuses to transform no image at all."""
     if images.numel() == 0:
         return images.new_zeros(*images.shape[:-1], images.shape[-1] // 2 + 1, dtype=images.dtype.to_complex())
     return torch.fft.rfft2(images, norm="ortho")

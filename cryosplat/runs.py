@@ -13,7 +13,16 @@ from cryosplat.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = ("train.device", "train.threads", "train.log_every", "maps.every", "checkpoint", "distributed", "resume", "run_dir")
+MAY_CHANGE = (
+    "train.device",
+    "train.threads",
+    "train.log_every",
+    "maps.every",
+    "checkpoint",
+    "distributed",
+    "resume",
+    "run_dir",
+)
 """Settings that do not change what a run computes, so that it may be resumed with others."""
 
 
@@ -93,6 +102,6 @@ def _refuse_changes(before: Config, now: Config, folder: Path) -> None:
     if changes:
         listed = "\n  ".join(changes)
         raise InputError(
-            f"run_dir: {folder} holds a run with other settings; choose another run_dir, or go on with the old settings "
+            f"run_dir: {folder} holds a run with other settings; choose another run_dir, or go on with the old ones "
             f"({folder / 'config.yaml'}).\n  {listed}"
         )

@@ -31,7 +31,9 @@ class BatchPlan:
         self.batches = max(1, -(-self.particles // batch))
         self.shard = _deal(self.half, seed)
         # Members of every shard by half; their order within an epoch is drawn from these.
-        self._members = [[np.flatnonzero((self.shard == s) & (self.half == h)) for h in (0, 1)] for s in range(VIRTUAL_SHARDS)]
+        self._members = [
+            [np.flatnonzero((self.shard == s) & (self.half == h)) for h in (0, 1)] for s in range(VIRTUAL_SHARDS)
+        ]
 
     def owner(self, ranks: int) -> np.ndarray:
         """(N,) the rank that holds each particle."""

@@ -1,4 +1,4 @@
-"""Training a run: ``python -m cryosplat.train --config demo.yaml key=value``, alone or under torchrun, srun, submitit."""
+"""Training a run: ``python -m cryosplat.train --config demo.yaml key=value``, alone or under any launcher."""
 
 import argparse
 import logging
@@ -26,7 +26,7 @@ from cryosplat.particles import ParticleTable, read_particles
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runs import RunState, begin_run, open_run
 from cryosplat.sampling import BatchPlan
-from cryosplat.trainer import Progress, Report, Trainer
+from cryosplat.trainer import Report, Trainer
 
 logger = logging.getLogger("cryosplat.train")  # __name__ is __main__ under python -m
 
@@ -102,7 +102,9 @@ class Run:
         data, world = self.config.data, self.world
         owned = np.flatnonzero(plan.owner(world.size) == world.rank)
         if world.is_main:
-            logger.info("%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin)
+            logger.info(
+                "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
+            )
         dataset = ParticleDataset(table, owned, data.box, data.invert, data.precision)
         logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
         return dataset
@@ -112,7 +114,9 @@ class Run:
         mine = dataset.statistics
         # Every particle's level comes from its one owner, so the sum is exact.
         dataset.normalise(distributed.sum_over_ranks(torch.from_numpy(mine.deviation), self.world).numpy())
-        power, count = (distributed.sum_over_ranks(torch.from_numpy(s), self.world).numpy() for s in (mine.power, mine.count))
+        power, count = (
+            distributed.sum_over_ranks(torch.from_numpy(s), self.world).numpy() for s in (mine.power, mine.count)
+        )
         return noise_weights(power, count, dataset.box) if self.config.train.whiten else None
 
     def _reconstruction(self, dataset: ParticleDataset, weights: torch.Tensor | None) -> Reconstruction:
@@ -126,9 +130,9 @@ class Run:
         )
         start = max(model.scale, 1.5 * narrowest)
         mixture.start_randomly(model.spread, start, self.config.train.seed)
-        return Reconstruction(
-            mixture, dataset.box, dataset.pixel_size_a, weights, model.cutoff, self.world.size
-        ).to(self.world.device)
+        return Reconstruction(mixture, dataset.box, dataset.pixel_size_a, weights, model.cutoff, self.world.size).to(
+            self.world.device
+        )
 
     def _start_or_resume(self) -> None:
         state = self.run.state
@@ -238,7 +242,9 @@ class Run:
         reconstruction = self.trainer.reconstruction
         box, pixel_size_a = reconstruction.box, reconstruction.pixel_size_a
         mixtures = {
-            name: {key: value.cpu().numpy() for key, value in reconstruction.mixture.export(m, box, pixel_size_a).items()}
+            name: {
+                key: value.cpu().numpy() for key, value in reconstruction.mixture.export(m, box, pixel_size_a).items()
+            }
             for m, name in enumerate(evaluation.maps)
         }
         save_config(self.config, self.run.folder / "config.yaml")
@@ -272,13 +278,18 @@ def ending(summary: dict[str, Any]) -> str:
 
     rows = [("Gaussians, particles", f"{summary['gaussians']:,} a model, {summary['particles']:,}")]
     if summary.get("resolution_naive_a") is not None:
-        rows.append(("naive resolution", f"{angstrom('naive')} (half maps, FSC 0.143; not calibrated, so it says too much)"))
+        rows.append(
+            ("naive resolution", f"{angstrom('naive')} (half maps, FSC 0.143; not calibrated: it says too much)")
+        )
     if summary.get("fsc_truth_mean") is not None:
         rows.append(("against the truth", f"{angstrom('truth')} (FSC 0.5), mean FSC {summary['fsc_truth_mean']:.3f}"))
-    rate = summary.get("images_per_second")
+    rate, processes = summary.get("images_per_second"), summary["world_size"]
     rows += [
         ("time", f"{summary['training_seconds']:.0f} s of training" + (f", {rate:.0f} images/s" if rate else "")),
-        ("memory", f"{summary['peak_memory_gib']:.2f} GiB over {summary['world_size']} process{'es' if summary['world_size'] > 1 else ''}"),
+        (
+            "memory",
+            f"{summary['peak_memory_gib']:.2f} GiB in {processes} process{'es' if processes > 1 else ''}",
+        ),
         ("map", str(folder / "map.mrc")),
     ]
     if summary.get("resolution_naive_a") is not None:
@@ -293,7 +304,9 @@ def ending(summary: dict[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="YAML", help="differences from the defaults; a bare name is looked up in configs/")
+    parser.add_argument(
+        "--config", metavar="YAML", help="differences from the defaults; bare names are looked up in configs/"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="single settings, such as train.epochs=3")
 
 

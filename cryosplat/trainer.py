@@ -218,7 +218,8 @@ class Trainer:
                 break
         first = min((f for f in distributed.gather_objects(found, self.world) if f), default=None)
         if first is None:
-            what = f"the gradient became non-finite by step {self.progress.step - 1}, though every particle's loss is finite"
+            step = self.progress.step - 1
+            what = f"the gradient became non-finite by step {step}, though every particle's loss is finite"
         else:
             what = f"the loss became non-finite at step {first[0]}, particle {first[1]}"
         raise distributed.common_error(
