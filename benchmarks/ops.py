@@ -18,7 +18,6 @@ from benchmarks import torch_splat
 from cryosplat import ops
 from cryosplat._extension import core
 from cryosplat.files import atomic_path
-from cryosplat.gaussians import covariance_entries
 
 SIZES = ((2048, 128, 64), (8192, 128, 64), (30000, 256, 32))
 """Gaussians, box, batch: as in the project's list of GPU checks."""
@@ -35,7 +34,7 @@ def mixture(gaussians: int, box: int, views: int, seed: int = 0) -> list[torch.T
     generator = torch.Generator().manual_seed(seed)
     means = 0.12 * box * torch.randn(1, gaussians, 3, generator=generator)
     scales = SIGMA_PX * (0.5 + torch.rand(1, gaussians, 3, generator=generator))
-    covariances = covariance_entries(torch.randn(1, gaussians, 4, generator=generator), scales)
+    covariances = ops.covariances(torch.randn(1, gaussians, 4, generator=generator), scales)
     rotations = torch.linalg.qr(torch.randn(views, 3, 3, generator=generator))[0]
     shifts = torch.randn(views, 2, generator=generator)
     amplitudes = torch.rand(1, gaussians, generator=generator)

@@ -89,7 +89,7 @@ class GaussianMixture(nn.Module):
     def in_pixels(self, box: int) -> tuple[Tensor, Tensor, Tensor]:
         """Means (M, G, 3), covariances (M, G, 6) and amplitudes (M, G) for a grid of ``box`` pixels."""
         theta = self.theta
-        covariances = covariance_entries(theta[..., QUATERNION], nn.functional.softplus(theta[..., SCALE]) * box)
+        covariances = ops.covariances(theta[..., QUATERNION], nn.functional.softplus(theta[..., SCALE]) * box)
         return theta[..., MEAN] * box, covariances, self.amplitudes() * box**2
 
     def project(self, rotations: Tensor, shifts: Tensor, model: Tensor, box: int, cutoff: float) -> Tensor:
@@ -130,33 +130,12 @@ class GaussianMixture(nn.Module):
         }
 
 
-def quaternion_to_rotation(quaternions: Tensor) -> Tensor:
-    """Rotations (..., 3, 3) of quaternions (..., 4) w, x, y, z, which are normalised here.
-
-    >>> quaternion_to_rotation(torch.tensor([0.0, 0.0, 0.0, 2.0])).diagonal()
-    tensor([-1., -1.,  1.])
-    """
-    w, x, y, z = nn.functional.normalize(quaternions, dim=-1).unbind(-1)
-    entries = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
-    ]  # fmt: skip
-    return torch.stack(entries, -1).unflatten(-1, (3, 3))
-
-
-def covariance_entries(quaternions: Tensor, scales: Tensor) -> Tensor:
-    """Entries xx, xy, xz, yy, yz, zz (..., 6) of R(q) diag(s^2) R(q)^T, in the square of the scales' unit."""
-    x, y, z = (quaternion_to_rotation(quaternions) * scales[..., None, :]).unbind(-2)
-    return torch.stack([(a * b).sum(-1) for a, b in ((x, x), (x, y), (x, z), (y, y), (y, z), (z, z))], -1)
-
-
 def mixture_to_map(mixture: dict[str, Tensor], box: int, pixel_size_a: float) -> Tensor:
     """Map (D, D, D) of an exported mixture (see :meth:`GaussianMixture.export`) on any grid.
 
     The map is in image units per pixel of depth of that grid.
     """
-    covariances = covariance_entries(mixture["quaternions"], mixture["scales"] / pixel_size_a)
+    covariances = ops.covariances(mixture["quaternions"], mixture["scales"] / pixel_size_a)
     return ops.voxelise(
         (mixture["means"] / pixel_size_a)[None],
         covariances[None],

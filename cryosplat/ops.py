@@ -75,6 +75,30 @@ def voxelise(means: Tensor, covariances: Tensor, amplitudes: Tensor, box: int, c
     return torch.ops.cryosplat.voxelise(means, covariances, amplitudes, box, cutoff)
 
 
+def covariances(quaternions: Tensor, scales: Tensor) -> Tensor:
+    """Covariances R(q) diag(s^2) R(q)^T; differentiable in both.
+
+    Args:
+        quaternions: (..., 4) w, x, y, z, not zero; they are normalised here.
+        scales: (..., 3) standard deviations along the columns of R.
+
+    Returns:
+        Entries xx, xy, xz, yy, yz, zz (..., 6), in the square of the scales' unit.
+
+    Raises:
+        InputError: a wrong shape, dtype or device.
+
+    >>> covariances(torch.tensor([[2.0, 0.0, 0.0, 0.0]]), torch.tensor([[1.0, 2.0, 3.0]]))
+    tensor([[1., 0., 0., 4., 0., 9.]])
+    """
+    if quaternions.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"quaternions: expected float32 or float64, got {quaternions.dtype}")
+    if quaternions.dim() < 1 or quaternions.shape[-1] != 4:
+        raise InputError(f"quaternions: expected shape (..., 4), got {tuple(quaternions.shape)}")
+    _check("scales", scales, (*quaternions.shape[:-1], 3), quaternions.dtype, quaternions.device)
+    return torch.ops.cryosplat.covariances(quaternions, scales)
+
+
 def _check_mixtures(means: Tensor, covariances: Tensor, amplitudes: Tensor, box: int, cutoff: float) -> tuple[int, int]:
     if means.dtype not in (torch.float32, torch.float64):
         raise InputError(f"means: expected float32 or float64, got {means.dtype}")
@@ -243,3 +267,45 @@ def _voxelise_autograd(ctx, grad_volumes):
 
 
 _voxelise.register_autograd(_voxelise_autograd, setup_context=_voxelise_setup)
+
+
+@torch.library.custom_op("cryosplat::covariances", mutates_args=(), device_types="cpu")
+def _covariances(quaternions: Tensor, scales: Tensor) -> Tensor:
+    inputs = [t.contiguous() for t in (quaternions, scales)]
+    entries = scales.new_empty(*scales.shape[:-1], 6)
+    count = scales.numel() // 3
+    _kernels(scales.dtype).covariances_forward(count, *_addresses(*inputs), entries.data_ptr(), torch.get_num_threads())
+    return entries
+
+
+@_covariances.register_fake
+def _(quaternions, scales):
+    return scales.new_empty(*scales.shape[:-1], 6)
+
+
+@torch.library.custom_op("cryosplat::covariances_backward", mutates_args=(), device_types="cpu")
+def _covariances_backward(grad_entries: Tensor, quaternions: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of quaternions and scales."""
+    inputs = [t.contiguous() for t in (quaternions, scales, grad_entries)]
+    gradients = [torch.empty_like(t) for t in inputs[:2]]
+    count = scales.numel() // 3
+    _kernels(scales.dtype).covariances_backward(
+        count, *_addresses(*inputs), *_addresses(*gradients), torch.get_num_threads()
+    )
+    return tuple(gradients)
+
+
+@_covariances_backward.register_fake
+def _(grad_entries, quaternions, scales):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (quaternions, scales))
+
+
+def _covariances_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _covariances_autograd(ctx, grad_entries):
+    return torch.ops.cryosplat.covariances_backward(grad_entries, *ctx.saved_tensors)
+
+
+_covariances.register_autograd(_covariances_autograd, setup_context=_covariances_setup)

@@ -181,3 +181,26 @@ def _degenerate(centres: Tensor, covariances: Tensor, amplitudes: Tensor) -> boo
 def _everywhere(value: float, inputs: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
     """NaN (or zero for finite inputs) everywhere, and the same the derivative with respect to every input."""
     return sum((value * values).sum() for values in inputs).expand(shape)
+
+
+def quaternion_to_rotation(quaternions: Tensor) -> Tensor:
+    """Rotations (..., 3, 3) of quaternions (..., 4) w, x, y, z, which are normalised here.
+
+    >>> quaternion_to_rotation(torch.tensor([0.0, 0.0, 0.0, 2.0])).diagonal()
+    tensor([-1., -1.,  1.])
+    """
+    w, x, y, z = torch.nn.functional.normalize(quaternions, dim=-1).unbind(-1)
+    entries = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ]  # fmt: skip
+    return torch.stack(entries, -1).unflatten(-1, (3, 3))
+
+
+def covariances(quaternions: Tensor, scales: Tensor) -> Tensor:
+    """R(q) diag(s^2) R(q)^T as entries xx, xy, xz, yy, yz, zz (..., 6), of quaternions (..., 4) and scales (..., 3)."""
+    rotations = quaternion_to_rotation(quaternions)
+    matrices = rotations @ torch.diag_embed(scales.square()) @ rotations.mT
+    rows, columns = torch.triu_indices(3, 3)
+    return matrices[..., rows, columns]

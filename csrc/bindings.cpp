@@ -84,6 +84,22 @@ void bind(py::module_& module) {
             threads);
       },
       NoGil());
+  module.def(
+      "covariances_forward",
+      [](std::int64_t count, Address quaternions, Address scales, Address covariances, int threads) {
+        cpu::covariances_forward<Scalar>(count, pointer<const Scalar>(quaternions), pointer<const Scalar>(scales),
+                                         pointer<Scalar>(covariances), threads);
+      },
+      NoGil());
+  module.def(
+      "covariances_backward",
+      [](std::int64_t count, Address quaternions, Address scales, Address grad_covariances, Address grad_quaternions,
+         Address grad_scales, int threads) {
+        cpu::covariances_backward<Scalar>(count, pointer<const Scalar>(quaternions), pointer<const Scalar>(scales),
+                                          pointer<const Scalar>(grad_covariances), pointer<Scalar>(grad_quaternions),
+                                          pointer<Scalar>(grad_scales), threads);
+      },
+      NoGil());
 }
 
 }  // namespace

@@ -43,16 +43,63 @@ struct Symmetric3 {
   T xx, xy, xz, yy, yz, zz;
 };
 
+template <class T>
+CRYOSPLAT_HOST_DEVICE T dot(const Vector3<T>& a, const Vector3<T>& b) {
+  return a.x * b.x + a.y * b.y + a.z * b.z;
+}
+
+template <class T>
+struct Matrix3 {
+  Vector3<T> x, y, z;  // rows
+};
+
+// Quaternion w, x, y, z.
+template <class T>
+struct Quaternion {
+  T w, x, y, z;
+};
+
+template <class T>
+CRYOSPLAT_HOST_DEVICE Matrix3<T> rotation(const Quaternion<T>& q) {
+  return {{1.0f - 2.0f * (q.y * q.y + q.z * q.z), 2.0f * (q.x * q.y - q.w * q.z), 2.0f * (q.x * q.z + q.w * q.y)},
+          {2.0f * (q.x * q.y + q.w * q.z), 1.0f - 2.0f * (q.x * q.x + q.z * q.z), 2.0f * (q.y * q.z - q.w * q.x)},
+          {2.0f * (q.x * q.z - q.w * q.y), 2.0f * (q.y * q.z + q.w * q.x), 1.0f - 2.0f * (q.x * q.x + q.y * q.y)}};
+}
+
+// Derivative with respect to the four numbers of a unit quaternion, given that with respect to the nine of R.
+template <class T>
+CRYOSPLAT_HOST_DEVICE Quaternion<T> rotation_to_quaternion_gradient(const Matrix3<T>& d, const Quaternion<T>& q) {
+  return {2.0f * (q.x * (d.z.y - d.y.z) + q.y * (d.x.z - d.z.x) + q.z * (d.y.x - d.x.y)),
+          2.0f * (q.y * (d.x.y + d.y.x) + q.z * (d.x.z + d.z.x) + q.w * (d.z.y - d.y.z) - 2.0f * q.x * (d.y.y + d.z.z)),
+          2.0f * (q.x * (d.x.y + d.y.x) + q.z * (d.y.z + d.z.y) + q.w * (d.x.z - d.z.x) - 2.0f * q.y * (d.x.x + d.z.z)),
+          2.0f * (q.x * (d.x.z + d.z.x) + q.y * (d.y.z + d.z.y) + q.w * (d.y.x - d.x.y) - 2.0f * q.z * (d.x.x + d.y.y))};
+}
+
+template <class T>
+CRYOSPLAT_HOST_DEVICE Vector3<T> scaled(const Vector3<T>& row, const Vector3<T>& by) {
+  return {row.x * by.x, row.y * by.y, row.z * by.z};
+}
+
+// S = F F^T with F = R diag(s).
+template <class T>
+CRYOSPLAT_HOST_DEVICE Symmetric3<T> covariance(const Matrix3<T>& f) {
+  return {dot(f.x, f.x), dot(f.x, f.y), dot(f.x, f.z), dot(f.y, f.y), dot(f.y, f.z), dot(f.z, f.z)};
+}
+
+// dL/dF = 2 G F, where g holds the derivatives of the six stored numbers: off the diagonal G is half of them.
+template <class T>
+CRYOSPLAT_HOST_DEVICE Matrix3<T> factor_gradient(const Symmetric3<T>& g, const Matrix3<T>& f) {
+  const auto row = [&](T a, T b, T c) -> Vector3<T> {
+    return {a * f.x.x + b * f.y.x + c * f.z.x, a * f.x.y + b * f.y.y + c * f.z.y, a * f.x.z + b * f.y.z + c * f.z.z};
+  };
+  return {row(2.0f * g.xx, g.xy, g.xz), row(g.xy, 2.0f * g.yy, g.yz), row(g.xz, g.yz, 2.0f * g.zz)};
+}
+
 // The first two rows of a rotation: all that an orthographic projection sees.
 template <class T>
 struct ViewRows {
   Vector3<T> x, y;
 };
-
-template <class T>
-CRYOSPLAT_HOST_DEVICE T dot(const Vector3<T>& a, const Vector3<T>& b) {
-  return a.x * b.x + a.y * b.y + a.z * b.z;
-}
 
 template <class T>
 CRYOSPLAT_HOST_DEVICE Vector3<T> times(const Symmetric3<T>& s, const Vector3<T>& v) {

@@ -26,6 +26,9 @@
 //                    applied to the conditional Gaussian of (x, y) given z:
 //   m = mu_xy + D/2 + S_xy,z dz / S_zz,  dz = z - mu_z - D/2;  C = S_xy,xy - S_xy,z S_z,xy / S_zz
 //
+// covariances: of Gaussians given by a quaternion and three standard deviations each,
+//   S = R(q / |q|) diag(s^2) R(q / |q|)^T,   q = (w, x, y, z), R as of a unit quaternion
+//
 // Backward functions take the gradient of a scalar loss with respect to the
 // output and return it with respect to the inputs. The cut-off's edge is not
 // differentiated. Gradients of covariances are with respect to the six stored
@@ -90,6 +93,16 @@ void voxelise_forward(const SplatShape&, const SplatInputs<Scalar>&, double cuto
 template <class Scalar>
 void voxelise_backward(const SplatShape&, const SplatInputs<Scalar>&, double cutoff, const Scalar* grad_volumes,
                        const SplatGradients<Scalar>&, int threads);
+
+// quaternions: (N, 4), need not be normalised but not be zero; scales: (N, 3); covariances: (N, 6), written.
+template <class Scalar>
+void covariances_forward(std::int64_t count, const Scalar* quaternions, const Scalar* scales, Scalar* covariances,
+                         int threads);
+
+// grad_covariances: (N, 6), read. Writes grad_quaternions (N, 4) and grad_scales (N, 3).
+template <class Scalar>
+void covariances_backward(std::int64_t count, const Scalar* quaternions, const Scalar* scales,
+                          const Scalar* grad_covariances, Scalar* grad_quaternions, Scalar* grad_scales, int threads);
 
 // The instruction set in use: "avx512", "avx2" or "baseline". CRYOSPLAT_ISA in
 // the environment lowers it (never raises it above what the processor has).

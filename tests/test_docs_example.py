@@ -10,8 +10,8 @@ from reader import ROOT, table
 from cryosplat.conventions import euler_to_rotation, rescaled_pixel_size, shell_to_angstrom
 from cryosplat.ctf import RELATIVISTIC_PER_VOLT, WAVELENGTH_NUMERATOR_A, ctf_image
 from cryosplat.dataset import Batch
-from cryosplat.gaussians import GaussianMixture, covariance_entries
-from cryosplat.ops import splat
+from cryosplat.gaussians import GaussianMixture
+from cryosplat.ops import covariances, splat
 from cryosplat.reconstruction import Reconstruction
 
 
@@ -20,7 +20,7 @@ def example() -> dict[str, list[float]]:
     box, pixel_size_a, shift = 32, 2.0, torch.tensor([[1 / 32, -1 / 32]], dtype=torch.float64)
     mixture, rotation = one_gaussian(box * pixel_size_a), torch.from_numpy(euler_to_rotation([90.0], [90.0], [0.0]))
     out = mixture.export(0, box, pixel_size_a)
-    covariance = covariance_entries(out["quaternions"], out["scales"])[0]
+    covariance = covariances(out["quaternions"], out["scales"])[0]
     seen = rotation[0] @ symmetric(covariance) @ rotation[0].T / pixel_size_a**2
     moved = rotation[0] @ out["means"][0]
     model = torch.zeros(1, dtype=torch.long)

@@ -7,16 +7,14 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from cryosplat import reference
+from cryosplat import ops, reference
 from cryosplat.gaussians import (
     AMPLITUDE,
     MEAN,
     QUATERNION,
     SCALE,
     GaussianMixture,
-    covariance_entries,
     mixture_to_map,
-    quaternion_to_rotation,
 )
 
 BOX, PIXEL_SIZE_A = 24, 2.5
@@ -51,7 +49,7 @@ def by_hand(made, model):
 def test_rotations_are_those_of_the_quaternions_whatever_their_length():
     quaternions = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     expected = Rotation.from_quat(quaternions[:, [1, 2, 3, 0]].numpy()).as_matrix()
-    np.testing.assert_allclose(quaternion_to_rotation(quaternions), expected, atol=1e-12)
+    np.testing.assert_allclose(reference.quaternion_to_rotation(quaternions), expected, atol=1e-12)
 
 
 def test_covariances_are_r_s_squared_r_transposed():
@@ -60,7 +58,7 @@ def test_covariances_are_r_s_squared_r_transposed():
     scales = torch.rand(30, 3, dtype=torch.float64, generator=generator) + 0.1
     rotation = Rotation.from_quat(quaternions[:, [1, 2, 3, 0]].numpy()).as_matrix()
     expected = rotation @ (scales.numpy()[:, :, None] ** 2 * rotation.transpose(0, 2, 1))
-    found = reference.symmetric_matrices(covariance_entries(quaternions, scales))
+    found = reference.symmetric_matrices(ops.covariances(quaternions, scales))
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from cryosplat import reference
 from cryosplat.dataset import Batch
-from cryosplat.gaussians import MEAN, GaussianMixture, covariance_entries
+from cryosplat.gaussians import MEAN, GaussianMixture
 from cryosplat.reconstruction import Reconstruction, SpectralLoss
 
 PIXEL_SIZE_A, CUTOFF = 2.2, 8.0
@@ -65,7 +65,7 @@ def independent(mixture, batch, model, box):
     """CTF-modulated real images (B, D, D) of one model: float64 twin of the splat, cryoDRGN's CTF, NumPy's FFT."""
     theta = mixture.theta[model].detach().double()
     softplus = torch.nn.functional.softplus
-    covariances = covariance_entries(theta[:, 6:10], softplus(theta[:, 3:6]) * box)
+    covariances = reference.covariances(theta[:, 6:10], softplus(theta[:, 3:6]) * box)
     shape = softplus(theta[:, 10]) if mixture.positive else theta[:, 10] / (0.1 * mixture.gaussians)
     amplitudes = float(mixture.unit[model]) * shape * box**2
     images = reference.splat(

@@ -74,11 +74,27 @@ void voxelise_backward(const SplatShape& shape, const SplatInputs<Scalar>& in, d
   kernels<Scalar>().voxelise_backward(shape, in, cutoff, grad_volumes, out, threads);
 }
 
+template <class Scalar>
+void covariances_forward(std::int64_t count, const Scalar* quaternions, const Scalar* scales, Scalar* covariances,
+                         int threads) {
+  kernels<Scalar>().covariances_forward(count, quaternions, scales, covariances, threads);
+}
+
+template <class Scalar>
+void covariances_backward(std::int64_t count, const Scalar* quaternions, const Scalar* scales,
+                          const Scalar* grad_covariances, Scalar* grad_quaternions, Scalar* grad_scales, int threads) {
+  kernels<Scalar>().covariances_backward(count, quaternions, scales, grad_covariances, grad_quaternions, grad_scales,
+                                         threads);
+}
+
 #define CRYOSPLAT_INSTANTIATE(Scalar)                                                                               \
   template void splat_forward(const SplatShape&, const SplatInputs<Scalar>&, double, Scalar*, int);                 \
   template void splat_backward(const SplatShape&, const SplatInputs<Scalar>&, double, const Scalar*,                \
                                const SplatGradients<Scalar>&, int);                                                 \
   template void voxelise_forward(const SplatShape&, const SplatInputs<Scalar>&, double, Scalar*, int);              \
+  template void covariances_forward(std::int64_t, const Scalar*, const Scalar*, Scalar*, int);                      \
+  template void covariances_backward(std::int64_t, const Scalar*, const Scalar*, const Scalar*, Scalar*, Scalar*,   \
+                                     int);                                                                          \
   template void voxelise_backward(const SplatShape&, const SplatInputs<Scalar>&, double, const Scalar*,             \
                                   const SplatGradients<Scalar>&, int)
 CRYOSPLAT_INSTANTIATE(float);

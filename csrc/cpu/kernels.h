@@ -14,6 +14,8 @@ struct Kernels {
   void (*voxelise_forward)(const SplatShape&, const SplatInputs<Scalar>&, double, Scalar*, int);
   void (*voxelise_backward)(const SplatShape&, const SplatInputs<Scalar>&, double, const Scalar*,
                             const SplatGradients<Scalar>&, int);
+  void (*covariances_forward)(std::int64_t, const Scalar*, const Scalar*, Scalar*, int);
+  void (*covariances_backward)(std::int64_t, const Scalar*, const Scalar*, const Scalar*, Scalar*, Scalar*, int);
 };
 
 struct KernelTable {
