@@ -9,12 +9,14 @@ CUDA tensors go over NCCL.
 import contextlib
 import dataclasses
 import datetime
+import gc
 import logging
 import os
 import re
 import shutil
 import socket
 import subprocess
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -102,18 +104,32 @@ def join(config: Config) -> Iterator[World]:
     try:
         yield _survey(placement, device, backend, config.train.threads)
         leave = True
-    except RuntimeError as error:
-        if placement.size == 1 or not PEER_GONE.search(str(error)):
-            raise
-        # What went wrong is for that rank to say; where in this one's code it was missed helps nobody.
-        _LOG.warning("rank %d stops, because another rank has ended", placement.rank)
-        leave = False  # it may wait for ever
-        raise PeerGone("another rank has ended") from error
+    except BaseException as error:
+        if placement.size > 1 and isinstance(error, RuntimeError) and PEER_GONE.search(str(error)):
+            # What went wrong is for that rank to say; where in this one's code it was missed helps nobody.
+            _LOG.warning("rank %d stops, because another rank has ended", placement.rank)
+            leave = False  # it may wait for ever
+            raise PeerGone("another rank has ended") from error
+        if placement.size > 1:
+            _forget_locals(error)
+        raise
     finally:
         # After an error gloo's peers see the closed connections and stop too. NCCL would wait here for collectives
         # that never come; there the launcher ends the other ranks when this one dies.
         if dist.is_initialized() and leave:
             dist.destroy_process_group()
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Free what the functions that ``error`` went through have left, DistributedDataParallel above all.
+
+    If that outlives the process group, its destructor waits for the group's threads with Python's lock held, which
+    these may need: one run in a hundred then hung, instead of ending with its error.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
 
 
 def find_placement(environment: Mapping[str, str]) -> Placement:

@@ -66,15 +66,6 @@ CRYOSPLAT_HOST_DEVICE Matrix3<T> rotation(const Quaternion<T>& q) {
           {2.0f * (q.x * q.z - q.w * q.y), 2.0f * (q.y * q.z + q.w * q.x), 1.0f - 2.0f * (q.x * q.x + q.y * q.y)}};
 }
 
-// Derivative with respect to the four numbers of a unit quaternion, given that with respect to the nine of R.
-template <class T>
-CRYOSPLAT_HOST_DEVICE Quaternion<T> rotation_to_quaternion_gradient(const Matrix3<T>& d, const Quaternion<T>& q) {
-  return {2.0f * (q.x * (d.z.y - d.y.z) + q.y * (d.x.z - d.z.x) + q.z * (d.y.x - d.x.y)),
-          2.0f * (q.y * (d.x.y + d.y.x) + q.z * (d.x.z + d.z.x) + q.w * (d.z.y - d.y.z) - 2.0f * q.x * (d.y.y + d.z.z)),
-          2.0f * (q.x * (d.x.y + d.y.x) + q.z * (d.y.z + d.z.y) + q.w * (d.x.z - d.z.x) - 2.0f * q.y * (d.x.x + d.z.z)),
-          2.0f * (q.x * (d.x.z + d.z.x) + q.y * (d.y.z + d.z.y) + q.w * (d.y.x - d.x.y) - 2.0f * q.z * (d.x.x + d.y.y))};
-}
-
 template <class T>
 CRYOSPLAT_HOST_DEVICE Vector3<T> scaled(const Vector3<T>& row, const Vector3<T>& by) {
   return {row.x * by.x, row.y * by.y, row.z * by.z};
@@ -86,13 +77,30 @@ CRYOSPLAT_HOST_DEVICE Symmetric3<T> covariance(const Matrix3<T>& f) {
   return {dot(f.x, f.x), dot(f.x, f.y), dot(f.x, f.z), dot(f.y, f.y), dot(f.y, f.z), dot(f.z, f.z)};
 }
 
-// dL/dF = 2 G F, where g holds the derivatives of the six stored numbers: off the diagonal G is half of them.
+// 2 R^T G R, where g holds the derivatives of the six stored numbers: off the diagonal G is half of them.
 template <class T>
-CRYOSPLAT_HOST_DEVICE Matrix3<T> factor_gradient(const Symmetric3<T>& g, const Matrix3<T>& f) {
+CRYOSPLAT_HOST_DEVICE Symmetric3<T> in_own_axes(const Symmetric3<T>& g, const Matrix3<T>& r) {
   const auto row = [&](T a, T b, T c) -> Vector3<T> {
-    return {a * f.x.x + b * f.y.x + c * f.z.x, a * f.x.y + b * f.y.y + c * f.z.y, a * f.x.z + b * f.y.z + c * f.z.z};
+    return {a * r.x.x + b * r.y.x + c * r.z.x, a * r.x.y + b * r.y.y + c * r.z.y, a * r.x.z + b * r.y.z + c * r.z.z};
   };
-  return {row(2.0f * g.xx, g.xy, g.xz), row(g.xy, 2.0f * g.yy, g.yz), row(g.xz, g.yz, 2.0f * g.zz)};
+  const Vector3<T> x = row(2.0f * g.xx, g.xy, g.xz), y = row(g.xy, 2.0f * g.yy, g.yz), z = row(g.xz, g.yz, 2.0f * g.zz);
+  return {r.x.x * x.x + r.y.x * y.x + r.z.x * z.x, r.x.x * x.y + r.y.x * y.y + r.z.x * z.y,
+          r.x.x * x.z + r.y.x * y.z + r.z.x * z.z, r.x.y * x.y + r.y.y * y.y + r.z.y * z.y,
+          r.x.y * x.z + r.y.y * y.z + r.z.y * z.z, r.x.z * x.z + r.y.z * y.z + r.z.z * z.z};
+}
+
+// Derivative with respect to a turn about the Gaussian's own axes, given h = in_own_axes(g, r). With the differences of
+// squares it is exactly zero where two scales are equal; rounding noise there would be a full step to Adam.
+template <class T>
+CRYOSPLAT_HOST_DEVICE Vector3<T> torque(const Symmetric3<T>& h, const Vector3<T>& s) {
+  return {h.yz * ((s.y - s.z) * (s.y + s.z)), h.xz * ((s.z - s.x) * (s.z + s.x)), h.xy * ((s.x - s.y) * (s.x + s.y))};
+}
+
+// 2 q (0, t): the derivative with respect to the unit quaternion of R(q), given that to a turn t about R's own axes.
+template <class T>
+CRYOSPLAT_HOST_DEVICE Quaternion<T> torque_to_quaternion(const Quaternion<T>& q, const Vector3<T>& t) {
+  return {-2.0f * (q.x * t.x + q.y * t.y + q.z * t.z), 2.0f * (q.w * t.x + q.y * t.z - q.z * t.y),
+          2.0f * (q.w * t.y + q.z * t.x - q.x * t.z), 2.0f * (q.w * t.z + q.x * t.y - q.y * t.x)};
 }
 
 // The first two rows of a rotation: all that an orthographic projection sees.

@@ -165,9 +165,7 @@ def test_a_map_of_a_smaller_box_superposes_on_the_molecule_at_its_pixel_size(sta
 
 
 @pytest.mark.parametrize("precision, tolerance", [("half", 1e-3), ("single", 1e-4)])
-def test_a_stack_times_100_plus_50_gives_the_same_map_but_for_its_scale(
-    stack, volume, tmp_path, precision, tolerance
-):
+def test_a_stack_times_100_plus_50_gives_the_same_map_but_for_its_scale(stack, volume, tmp_path, precision, tolerance):
     """Rounding limits it, of the images to half precision in memory, and of the stack itself to single."""
     other = training_set.altered(stack, tmp_path / "stack", lambda images: 100 * images + 50)
     words = (f"data.precision={precision}",)

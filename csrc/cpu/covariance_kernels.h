@@ -33,7 +33,7 @@ struct Oriented {
   Quaternion<V> unit;
   V inverse_norm;
   Vector3<V> scales;
-  Matrix3<V> r, f;
+  Matrix3<V> r;
 
   Oriented(const Scalar* quaternions, const Scalar* scales_of, std::int64_t count) {
     V q[4], s[3];
@@ -43,7 +43,6 @@ struct Oriented {
     unit = {q[0] * inverse_norm, q[1] * inverse_norm, q[2] * inverse_norm, q[3] * inverse_norm};
     scales = {s[0], s[1], s[2]};
     r = rotation(unit);
-    f = {scaled(r.x, scales), scaled(r.y, scales), scaled(r.z, scales)};
   }
 };
 
@@ -62,7 +61,8 @@ void covariances_forward(std::int64_t count, const Scalar* quaternions, const Sc
                          int threads) {
   by_tasks(count, lanes<Scalar>, threads, [=](std::int64_t i, std::int64_t left) {
     const Oriented<Scalar> o(quaternions + 4 * i, scales + 3 * i, left);
-    const Symmetric3<Vector<Scalar>> s = covariance(o.f);
+    const Symmetric3<Vector<Scalar>> s = covariance<Vector<Scalar>>(
+        {scaled(o.r.x, o.scales), scaled(o.r.y, o.scales), scaled(o.r.z, o.scales)});
     scatter({s.xx, s.xy, s.xz, s.yy, s.yz, s.zz}, left, covariances + 6 * i);
   });
 }
@@ -75,18 +75,12 @@ void covariances_backward(std::int64_t count, const Scalar* quaternions, const S
     const Oriented<Scalar> o(quaternions + 4 * i, scales + 3 * i, left);
     V h[6];
     gather(grad_covariances + 6 * i, left, h);
-    const Matrix3<V> d = factor_gradient({h[0], h[1], h[2], h[3], h[4], h[5]}, o.f);
-    const V s_x = d.x.x * o.r.x.x + d.y.x * o.r.y.x + d.z.x * o.r.z.x;
-    const V s_y = d.x.y * o.r.x.y + d.y.y * o.r.y.y + d.z.y * o.r.z.y;
-    const V s_z = d.x.z * o.r.x.z + d.y.z * o.r.y.z + d.z.z * o.r.z.z;
-    scatter({s_x, s_y, s_z}, left, grad_scales + 3 * i);
-    const Matrix3<V> d_r{scaled(d.x, o.scales), scaled(d.y, o.scales), scaled(d.z, o.scales)};
-    const Quaternion<V> g = rotation_to_quaternion_gradient(d_r, o.unit);
-    // Through q / |q|: the part along q has no effect.
-    const V along = g.w * o.unit.w + g.x * o.unit.x + g.y * o.unit.y + g.z * o.unit.z;
-    scatter({(g.w - along * o.unit.w) * o.inverse_norm, (g.x - along * o.unit.x) * o.inverse_norm,
-             (g.y - along * o.unit.y) * o.inverse_norm, (g.z - along * o.unit.z) * o.inverse_norm},
-            left, grad_quaternions + 4 * i);
+    const Symmetric3<V> own = in_own_axes({h[0], h[1], h[2], h[3], h[4], h[5]}, o.r);
+    scatter({own.xx * o.scales.x, own.yy * o.scales.y, own.zz * o.scales.z}, left, grad_scales + 3 * i);
+    // At right angles to q, so dividing by |q| is all that the normalisation adds.
+    const Quaternion<V> g = torque_to_quaternion(o.unit, torque(own, o.scales));
+    scatter({g.w * o.inverse_norm, g.x * o.inverse_norm, g.y * o.inverse_norm, g.z * o.inverse_norm}, left,
+            grad_quaternions + 4 * i);
   });
 }
 
