@@ -33,24 +33,13 @@ def test_gradcheck_in_double_precision():
     assert torch.autograd.gradcheck(ops.covariances, [t.requires_grad_() for t in drawn(9, torch.float64)])
 
 
-@pytest.mark.parametrize("equal", [(0, 1), (0, 2), (1, 2), (0, 1, 2)])
-def test_a_turn_that_changes_nothing_has_a_gradient_of_exactly_zero(equal):
-    """Adam would make a full step of the rounding noise, at the round start for instance, another one on other ranks."""
+def test_turns_of_round_gaussians_have_a_gradient_of_exactly_zero():
+    """Adam would make a full step of rounding noise: at the round start, and another one on another number of ranks."""
     quaternions, scales = drawn(100, torch.float32)
-    scales[:, list(equal)] = scales[:, :1].clone()
     quaternions.requires_grad_()
+    covariances = ops.covariances(quaternions, scales[:, :1].expand(100, 3).contiguous())
     weights = torch.randn(100, 6, generator=torch.Generator().manual_seed(1))
-    (gradient,) = torch.autograd.grad(ops.covariances(quaternions, scales), quaternions, weights)
-    if len(equal) == 3:
-        assert not gradient.any()
-        return
-    # A turn about the axis k that is left: q (0, axis), as a change of the quaternion.
-    (k,) = {0, 1, 2} - set(equal)
-    w, *vector = quaternions.detach().unbind(1)
-    axis = torch.eye(3)[k].expand(100, 3)
-    turned = torch.cat([-vector[k][:, None], w[:, None] * axis + torch.stack(vector, 1).cross(axis, dim=1)], 1)
-    along = (gradient * turned).sum(1)
-    assert (along.abs() < 1e-6 * gradient.norm(dim=1) * turned.norm(dim=1)).all() and gradient.any()
+    assert not torch.autograd.grad(covariances, quaternions, weights)[0].any()
 
 
 def test_opcheck():
