@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 
-def run(folder: Path, stack: str, gaussians: int, ranks: int) -> dict[str, float]:
+def run(folder: Path, stack: str, gaussians: int, batch: int, ranks: int) -> dict[str, float]:
     """summary.json of one epoch on a number of ranks of one thread."""
     with tempfile.TemporaryDirectory() as scratch:
         settings = [
@@ -23,6 +23,7 @@ def run(folder: Path, stack: str, gaussians: int, ranks: int) -> dict[str, float
             "data.poses=poses.pkl",
             "data.ctf=ctf.pkl",
             f"model.gaussians={gaussians}",
+            f"train.batch={batch}",
             "train.epochs=1",
             "train.threads=1",
             f"run_dir={scratch}/run",
@@ -38,12 +39,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stack", default="particles.star")
     parser.add_argument("--gaussians", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
     found = {1: [], 2: []}
     for _ in range(args.turns):
         for ranks, runs in found.items():
-            runs.append(run(args.folder, args.stack, args.gaussians, ranks))
+            runs.append(run(args.folder, args.stack, args.gaussians, args.batch, ranks))
     print("| ranks | images/s | CPU s, whole run | wall s, whole run | training s | memory, GiB |")
     print("|---|---|---|---|---|---|")
     for ranks, runs in found.items():

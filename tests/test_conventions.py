@@ -6,8 +6,10 @@ import json
 import mrcfile
 import numpy as np
 import pytest
+import torch
 import training_set
 from scipy.spatial.transform import Rotation
+from stacks import write_pickle, write_stack
 
 from cryosplat import conventions
 from cryosplat.errors import InputError
@@ -159,6 +161,50 @@ def test_a_map_of_a_smaller_box_superposes_on_the_molecule_at_its_pixel_size(sta
     assert curve.mean() > 0.75
     assert fsc(volume[:, :, ::-1].copy(), truth, pixel_size_a).fsc[1 : small // 2].mean() < 0.5
     assert fsc(np.roll(volume, 1, 0), truth, pixel_size_a).fsc[1 : small // 2].mean() < curve.mean() - 0.1
+
+
+def write_analytic_set(folder):
+    """The same molecule imaged by nothing of this package: blobs summed pixel by pixel, cryoDRGN's CTF, mrcfile.
+
+    A blob at r is seen at pixel (R r)_xy + D//2 - t D. cryoDRGN's CTF is negative at zero frequency, and its default
+    is to negate the data, so the particles here are minus its CTF times the projection: white on dark.
+    """
+    compute_ctf = pytest.importorskip("cryodrgn.ctf").compute_ctf
+    box, count, pixel_size_a = training_set.BOX, 300, training_set.PIXEL_SIZE_A
+    rng = np.random.default_rng(0)
+    rotations = Rotation.random(count, random_state=0).as_matrix()
+    shifts = rng.normal(0, 2 / box, (count, 2))
+    seen = (training_set.BLOBS_A / pixel_size_a) @ rotations.transpose(0, 2, 1)[:, :, :2]
+    seen += box // 2 - shifts[:, None] * box
+    sigma, pixels = training_set.BLOB_SIGMA_A / pixel_size_a, np.arange(box)
+    along_x, along_y = (np.exp(-((pixels - seen[..., axis, None]) ** 2) / (2 * sigma**2)) for axis in (0, 1))
+    images = np.einsum("iby,ibx->iyx", along_y, along_x)
+    ctf = np.tile([box, pixel_size_a, 0, 0, 25.0, 300.0, 2.7, 0.1, 0.0], (count, 1))
+    ctf[:, 2] = rng.uniform(8000, 20000, count)
+    ctf[:, 3] = ctf[:, 2] - 800
+    frequency = np.fft.fftfreq(box, pixel_size_a)
+    grid = torch.from_numpy(np.stack(np.meshgrid(frequency, frequency), -1).reshape(-1, 2))
+    for image, row in zip(images, ctf, strict=True):
+        filtered = np.fft.fft2(image) * -compute_ctf(grid, *torch.from_numpy(row[2:])).numpy().reshape(box, box)
+        image[:] = np.fft.ifft2(filtered).real
+    images += images.std() * rng.standard_normal(images.shape)
+    folder.mkdir()
+    write_stack(folder / "particles.mrcs", images.astype(np.float32), pixel_size_a)
+    write_pickle(folder / "poses.pkl", (rotations, shifts))
+    write_pickle(folder / "ctf.pkl", ctf)
+
+
+def test_a_stack_made_by_nothing_of_this_package_gives_the_molecule_too(tmp_path):
+    write_analytic_set(tmp_path / "stack")
+    words = ("data.particles=particles.mrcs", "data.truth=null")
+    volume = read_map(training_set.trained(tmp_path / "stack", tmp_path / "run", *words) / "map.mrc")[0]
+    truth = training_set.true_map()
+    found = {name: mean_fsc(change(volume), truth) for name, change in symmetries()}
+    (name, best), (_, next_best) = sorted(found.items(), key=lambda item: -item[1])[:2]
+    assert name == "axes (0, 1, 2), flips (False, False, False)" and best > 0.75 and next_best < best - 0.3
+    for axis in range(3):
+        for step in (-1, 1):
+            assert mean_fsc(np.roll(volume, step, axis), truth) < best - 0.2
 
 
 # Grey levels and sign

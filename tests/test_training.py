@@ -24,6 +24,9 @@ STEPS, STEPS_AN_EPOCH, POISONED_STEP, LOOK_EVERY = 57, 19, 9, 7
 KILLED_AT, KILLED_AGAIN_AT = 25, 45
 """Both in the middle of an epoch; the last checkpoints before them too, at steps 21 and 42."""
 
+FEW = ("data.first=3", "train.batch=2", "data.check_sign=false")
+"""Fewer particles than ranks, so that some have none in a batch and one has none at all."""
+
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
@@ -83,6 +86,7 @@ def jobs(stack, noisy_half_b, small_disks, tmp_path_factory):
         "moved, to one": job("moved, to one", "killed", 1, SAVE_OFTEN, argument=KILLED_AGAIN_AT),
         "moved, to four": job("moved, to four", "plain", 4, SAVE_OFTEN),
         "flipped": job("flipped", "plain", 2, stack=flipped),
+        "idle": job("idle", "plain", 4, *FEW),
     }
     for count, disk in zip((2, 1), small_disks, strict=False):
         todo[f"full {count}"] = job(f"full {count}", "plain", count, f"run_dir={disk / 'run'}")
@@ -156,6 +160,24 @@ def test_the_ranks_together_see_the_batches_of_the_plan(stack, jobs, torchrun, c
         for step, ids in enumerate(plan.epoch(epoch), start=epoch * STEPS_AN_EPOCH):
             seen = torch.cat([of_rank["ids"][step] for of_rank in found])
             assert sorted(seen.tolist()) == sorted(ids.tolist())
+
+
+def test_ranks_without_any_particle_change_nothing(stack, jobs, tmp_path):
+    assert jobs[1]["idle"].codes == [0] * 4, jobs[1]["idle"].texts
+    run_dir = training_set.trained(stack, tmp_path / "run", *FEW)
+    assert relative(mixtures(jobs[0] / "idle" / "run"), mixtures(run_dir)) < 1e-4
+
+
+def test_a_half_that_most_batches_lack_is_trained_on_those_that_have_it(stack, tmp_path):
+    half = np.zeros(training_set.IMAGES, dtype=np.int64)
+    half[[5, 100, 200]] = 1
+    np.save(tmp_path / "halves.npy", half)
+    run_dir = training_set.trained(stack, tmp_path / "run", f"data.halves={tmp_path / 'halves.npy'}")
+    counts = [int(half[ids].sum()) for ids in BatchPlan(half, batch=16, seed=0).epoch(0)]
+    assert sorted(counts) == [0] * (STEPS_AN_EPOCH - 3) + [1] * 3
+    state = training_set.last_checkpoint(run_dir)["trainer"]
+    assert [int(state["optimiser"]["state"][model]["step"]) for model in range(3)] == [STEPS, STEPS, 9]
+    assert all(mixture.isfinite().all() for mixture in state["mixtures"]) and (state["unit"] > 1e-3).all()
 
 
 def test_a_run_says_how_many_ranks_it_had(torchrun):
@@ -336,6 +358,7 @@ def test_an_inverted_stack_is_refused_once_by_two_ranks(jobs):
     assert not (folder / "flipped" / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_a_particle_that_overflows_is_named(stack, tmp_path):
     def change(images):
         images[40, 16, 16] = 1e30
