@@ -16,12 +16,14 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import training_set
 
-from cryosplat import train
+from cryosplat import distributed, train
 from cryosplat.optimiser import GatedAdam
 from cryosplat.trainer import Trainer
 
@@ -98,8 +100,12 @@ def recorded(folder: Path, argument: int, words: list[str]) -> int:
 
 
 def poisoned(folder: Path, argument: int, words: list[str]) -> int:
-    """Train; the last rank's first particle of step ``argument`` turns into NaN. Saves the parameters in the end."""
-    step, run_epoch = Trainer._step, Trainer.run_epoch
+    """Train; the last rank's first particle of step ``argument`` turns into NaN.
+
+    Saves the parameters in the end, and whether DistributedDataParallel was gone before the process group was.
+    """
+    step, run_epoch, wrap, destroy = Trainer._step, Trainer.run_epoch, distributed.wrap, dist.destroy_process_group
+    wrapped = []
 
     def poisoned_step(self, ids, rate):
         mine = ids[self.mine[ids]]
@@ -114,7 +120,17 @@ def poisoned(folder: Path, argument: int, words: list[str]) -> int:
         finally:
             torch.save(self.reconstruction.mixture.theta.detach(), folder / f"theta{self.world.rank}.pt")
 
+    def watched_wrap(module, world):
+        made = wrap(module, world)
+        wrapped.append(weakref.ref(made))
+        return made
+
+    def watched_destroy():
+        (folder / f"freed{dist.get_rank()}.txt").write_text(str([each() is None for each in wrapped]))
+        destroy()
+
     Trainer._step, Trainer.run_epoch = poisoned_step, watched_epoch
+    distributed.wrap, dist.destroy_process_group = watched_wrap, watched_destroy
     return train.main(words)
 
 

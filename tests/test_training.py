@@ -350,6 +350,12 @@ def test_a_non_finite_particle_stops_all_ranks_before_any_parameter_changes(jobs
     assert not (folder / name / "run" / "checkpoints").exists()
 
 
+def test_ranks_that_stop_take_down_what_would_make_them_hang_first(jobs):
+    """Freed after the process group, DistributedDataParallel sometimes never came back from its destructor."""
+    for rank in range(3):
+        assert (jobs[0] / "poisoned three" / f"freed{rank}.txt").read_text() == "[True]"
+
+
 def test_an_inverted_stack_is_refused_once_by_two_ranks(jobs):
     folder, outcomes = jobs
     assert outcomes["flipped"].codes == [2, 2]
