@@ -154,6 +154,8 @@ class ParticleDataset:
 
     def batch(self, ids: np.ndarray, device: torch.device | str = "cpu") -> Batch:
         """The particles ``ids``, which this rank owns, on a device."""
+        # Row -1 would be the last image: another particle's pixels under this one's pose, and no error.
+        assert (self._row[ids] >= 0).all(), "a batch has a particle of another rank"
         rows = torch.from_numpy(self._row[ids])
         at = torch.from_numpy(ids)
         images = torch.view_as_complex(self._spectra[rows].float()) * self._gain[at][:, None, None]

@@ -77,6 +77,11 @@ class _Array:
         self.fill(state[4], state[2], state[1], "F" if state[3] else "C")
 
     def fill(self, data: bytes, number_type: _NumberType, shape: tuple, order: str) -> None:
+        """Take the bytes of an array of a plain number type, shape and order ("C" or "F"), if they fit each other.
+
+        Raises:
+            pickle.UnpicklingError: they do not, or are not what they should be.
+        """
         if not isinstance(number_type, _NumberType) or not isinstance(data, bytes | bytearray):
             raise pickle.UnpicklingError("a damaged array")
         if not isinstance(shape, tuple) or not all(isinstance(size, int) and size >= 0 for size in shape):

@@ -18,9 +18,18 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def package_logger_as_found() -> Iterator[None]:
-    """Commands set up the package's logger for a process of their own; the next test must not inherit that."""
+def package_loggers_as_found() -> Iterator[None]:
+    """Commands set up the package's logger for a process of their own, and importing cryodrgn unguarded disables all
+    loggers there are; neither another test nor a fixture that ran a command may leave that to this one."""
+    _reset_loggers()
     yield
+    _reset_loggers()
+
+
+def _reset_loggers() -> None:
     package = logging.getLogger("cryosplat")
     package.handlers, package.propagate = [], True
     package.setLevel(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "cryosplat" and isinstance(logger, logging.Logger):
+            logger.disabled = False

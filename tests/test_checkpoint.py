@@ -57,7 +57,11 @@ def test_an_optimisers_own_state_can_be_saved(tmp_path):
     weights.sum().backward()
     optimiser.step()
     checkpoint.save(tmp_path, 1, {"optimiser": optimiser.state_dict()}, keep=1)
-    optimiser.load_state_dict(checkpoint.load(tmp_path)["optimiser"])
+    loaded = torch.optim.Adam([weights], lr=1.0)
+    loaded.load_state_dict(checkpoint.load(tmp_path)["optimiser"])
+    assert loaded.param_groups[0]["lr"] == 1e-3
+    for name, value in optimiser.state[weights].items():
+        assert torch.equal(loaded.state[weights][name], value)
 
 
 def test_only_the_newest_are_kept_and_the_folder_means_the_newest(tmp_path):

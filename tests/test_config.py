@@ -37,6 +37,7 @@ def test_the_defaults_alone_are_valid():
 def test_keys_that_scripts_rely_on_keep_their_names(key):
     value = Config()
     for part in key.split("."):
+        assert hasattr(value, part)
         value = getattr(value, part)
 
 
@@ -156,7 +157,9 @@ def test_nccl_on_the_cpu_is_refused():
 
 
 def test_one_image_a_step_with_half_maps_is_allowed_because_the_paper_does_it():
-    validate(load_config(None, ["train.batch=1", "maps.halves=true"]))
+    config = load_config(None, ["train.batch=1", "maps.halves=true"])
+    validate(config)
+    assert config.train.batch == 1 and config.maps.halves
 
 
 def test_every_check_is_of_a_setting_that_exists():
