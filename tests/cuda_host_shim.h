@@ -1,9 +1,9 @@
 // CUDA sources compiled for the host, unchanged: g++ -x c++ -include cuda_host_shim.h FILE.cu
 //
-// Blocks run one after the other. The threads of a block are coroutines on one thread of the machine: each runs up to the
-// next barrier, then the next one does. So shared memory is static, atomics are plain operations, and nothing runs at
-// the same time; races between barriers show only as results that change with `shim::backwards`, which turns round the
-// order of threads and of blocks. A barrier that only some threads of a block reach is an error.
+// Blocks run one after the other. The threads of a block are coroutines on one thread of the machine: each runs up to
+// the next barrier, then the next one does. So shared memory is static, atomics are plain operations, and nothing runs
+// at the same time; races between barriers show only as results that change with `shim::backwards`, which turns round
+// the order of threads and of blocks. A barrier that only some threads of a block reach is an error.
 #pragma once
 
 #include <ucontext.h>

@@ -2,6 +2,8 @@
 
 import ctypes
 import itertools
+import math
+import mmap
 import subprocess
 from pathlib import Path
 
@@ -211,6 +213,29 @@ def test_an_address_that_vectors_cannot_use_is_refused_in_words(host):
     odd = ctypes.c_void_p(memory.ctypes.data // 16 * 16 + 4)
     message = host.insert_float32(shape, addresses, odd, ctypes.c_bool(True), ctypes.c_bool(False))
     assert b"divisible by 16" in message and not memory.any()
+
+
+def test_grids_of_more_than_four_billion_numbers_are_addressed(host):
+    # P = 1400: the second grid begins at number 5.5e9. k = (1, 0) of a view along each axis falls on voxel 350 of it.
+    padded, grids, far = 1400, 2, 350
+    batch = Batch(1, 3, 4, 4, grids, np.eye(3)[[[0, 1, 2], [1, 2, 0], [2, 0, 1]]], "float32")
+    batch.grid[:] = 1
+    batch.shifts[:] = 0
+    batch.values[...], batch.weights[...] = 0, 0
+    batch.weights[:, 0, 1] = [2, 3, 5]
+    size = (grids, padded, padded, padded // 2 + 1, 4)
+    try:
+        # MAP_NORESERVE: 44 GB of addresses, of which a few pages become memory.
+        memory = mmap.mmap(-1, math.prod(size) * 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    except OSError as error:
+        pytest.skip(f"the system lends no 44 GB of addresses: {error}")
+    grid = np.frombuffer(memory, np.float32).reshape(size)
+    shape = (ctypes.c_int64 * 4)(grids, 3, 4, padded)
+    addresses = (ctypes.c_void_p * 5)(*(array.ctypes.data for array in batch.inputs))
+    to = ctypes.c_void_p(grid.ctypes.data)
+    assert host.insert_float32(shape, addresses, to, ctypes.c_bool(False), ctypes.c_bool(False)) is None
+    found = [grid[1, 0, 0, far, 2], grid[1, 0, far, 0, 2], grid[1, far, 0, 0, 2]]
+    assert found == [2, 3, 5]
 
 
 def test_the_reference_takes_a_point_at_the_images_origin_to_a_point_at_the_centre():
