@@ -157,6 +157,12 @@ def test_every_number_of_views_agrees(host, views, deterministic):
 
 
 @pytest.mark.parametrize("deterministic", WAYS)
+def test_more_views_than_a_launch_has_layers_agree(host, deterministic):
+    batch = Batch(1, 2100, 4, 4, 2)
+    check(insert(host, batch, deterministic), batch)
+
+
+@pytest.mark.parametrize("deterministic", WAYS)
 @pytest.mark.parametrize("scalar", list(SCALARS))
 @pytest.mark.parametrize(("box", "padded"), [(16, 16), (16, 32), (30, 44), (32, 64)])
 def test_axis_aligned_poses_agree(host, box, padded, scalar, deterministic):

@@ -146,7 +146,7 @@ __device__ void spread(const Plan<T>& plan, Index grid, Vector<T> q, Coefficient
   }
 }
 
-// Threads: x along kx, y along the image's rows; blocks beyond that along z by view.
+// Threads: x along kx, y along the image's rows. Blocks: x and y likewise, z by view.
 template <class T>
 __global__ void __launch_bounds__(threads_in_block)
     insert_scatter(Plan<T> plan, InsertInputs<T> in, Voxel<T>* __restrict__ voxels) {
@@ -308,8 +308,8 @@ __global__ void __launch_bounds__(threads_in_block)
         before.squared + sum.squared};
 }
 
-// Most blocks that a launch takes along z, and along x.
-constexpr Index most_layers = 65535, most_blocks = 2147483647;
+// Blocks along z, a view each, then the next; CUDA takes 65535, but these fill every GPU. And blocks along x.
+constexpr Index most_layers = 1024, most_blocks = 2147483647;
 
 }  // namespace
 
