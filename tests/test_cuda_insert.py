@@ -203,6 +203,14 @@ def test_what_is_not_finite_shows_in_its_grid_and_in_no_other(host, deterministi
 
 
 @pytest.mark.parametrize("deterministic", WAYS)
+def test_a_coefficient_that_falls_on_a_voxel_spoils_no_other(host, deterministic):
+    batch = Batch(1, 1, 8, 8, 1, np.eye(3)[None])
+    batch.values[0, 2, 3] = np.nan
+    spoiled = np.argwhere(np.isnan(insert(host, batch, deterministic)).any(axis=-1))
+    assert spoiled.tolist() == [[0, 0, 2, 3]]
+
+
+@pytest.mark.parametrize("deterministic", WAYS)
 @pytest.mark.parametrize("scale", [1.5, 1e9, np.inf])
 def test_a_matrix_that_is_no_rotation_writes_nothing_outside(host, deterministic, scale):
     batch = Batch(1, 3, 8, 16, 1)
@@ -221,26 +229,26 @@ def test_an_address_that_vectors_cannot_use_is_refused_in_words(host):
     assert b"divisible by 16" in message and not memory.any()
 
 
-def test_grids_of_more_than_four_billion_numbers_are_addressed(host):
-    # P = 1400: the second grid begins at number 5.5e9. k = (1, 0) of a view along each axis falls on voxel 350 of it.
-    padded, grids, far = 1400, 2, 350
+def test_grids_of_more_than_two_billion_voxels_are_addressed(host):
+    # P = 1400: the third grid begins at voxel 2.7e9. k = (1, 0) of a view along each axis falls on voxel 350 of it.
+    padded, grids, far = 1400, 3, 350
     batch = Batch(1, 3, 4, 4, grids, np.eye(3)[[[0, 1, 2], [1, 2, 0], [2, 0, 1]]], "float32")
-    batch.grid[:] = 1
+    batch.grid[:] = 2
     batch.shifts[:] = 0
     batch.values[...], batch.weights[...] = 0, 0
     batch.weights[:, 0, 1] = [2, 3, 5]
     size = (grids, padded, padded, padded // 2 + 1, 4)
     try:
-        # MAP_NORESERVE: 44 GB of addresses, of which a few pages become memory.
+        # MAP_NORESERVE: 66 GB of addresses, of which a few pages become memory.
         memory = mmap.mmap(-1, math.prod(size) * 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
     except OSError as error:
-        pytest.skip(f"the system lends no 44 GB of addresses: {error}")
+        pytest.skip(f"the system lends no 66 GB of addresses: {error}")
     grid = np.frombuffer(memory, np.float32).reshape(size)
     shape = (ctypes.c_int64 * 4)(grids, 3, 4, padded)
     addresses = (ctypes.c_void_p * 5)(*(array.ctypes.data for array in batch.inputs))
     to = ctypes.c_void_p(grid.ctypes.data)
     assert host.insert_float32(shape, addresses, to, ctypes.c_bool(False), ctypes.c_bool(False)) is None
-    found = [grid[1, 0, 0, far, 2], grid[1, 0, far, 0, 2], grid[1, far, 0, 0, 2]]
+    found = [grid[2, 0, 0, far, 2], grid[2, 0, far, 0, 2], grid[2, far, 0, 0, 2]]
     assert found == [2, 3, 5]
 
 
