@@ -61,4 +61,17 @@ template <class Scalar>
 void insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar* accumulators, int threads);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The same on the GPU that is current, in `stream` (a cudaStream_t), without waiting and without memory of its own; all
+// addresses are the GPU's, that of accumulators divisible by 16. Returns null, or what the CUDA runtime has against the
+// launch. `deterministic`: the same bits on every run, for equal V; else additions race, and rounding with them.
+// Rotations must be rotations. One that is not finite, or far from a rotation, makes NaN of its grid's frequency zero
+// or of more of that grid; nothing is written elsewhere.
+template <class Scalar>
+const char* insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar* accumulators, bool deterministic,
+                   void* stream);
+
+}  // namespace cuda
 }  // namespace cryosplat
