@@ -12,7 +12,7 @@ LAYERS = (
     # Statements, formulas and tables that need nothing else of the package.
     ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension"),
     # Single files and single operations.
-    ("files", "unpickle", "images", "atoms", "ops"),
+    ("files", "unpickle", "images", "atoms", "ops", "symmetry"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
     ("particles", "figures"),
