@@ -15,9 +15,10 @@ LAYERS = (
     ("files", "unpickle", "images", "atoms", "ops", "symmetry"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
-    ("particles", "figures"),
+    ("particles", "sharpening"),
+    ("figures",),
     # What training is put together from.
-    ("dataset", "monitor", "outputs", "simulate"),
+    ("dataset", "monitor", "outputs", "simulate", "postprocess"),
     ("reconstruction", "inspection"),
     ("evaluation", "trainer"),
     # What people call.
