@@ -159,20 +159,21 @@ def _inputs(args: argparse.Namespace) -> Inputs:
     mask, table = (Path(path) if path else None for path in (args.mask, args.fsc))
     inputs = Inputs(maps, mask, table, args.column, args.resolution, "as asked for")
     if args.run_dir:
-        _add_run(inputs, Path(args.run_dir))
+        _add_run(inputs, Path(args.run_dir), args.apply_mask)
     if args.apply_mask and inputs.mask is None:
         raise InputError("--apply-mask: there is no mask; give one with --mask")
     if inputs.table and not inputs.column:
-        raise InputError(f"{inputs.table}: which curve? Name it with --column; there are {_known(inputs.table)}")
+        names = ", ".join(_known(inputs.table))
+        raise InputError(f"{inputs.table}: which curve? Name it with --column; there are {names}")
     return inputs
 
 
-def _add_run(inputs: Inputs, folder: Path) -> None:
+def _add_run(inputs: Inputs, folder: Path, with_mask: bool) -> None:
     """Take from a run's directory what was not named."""
     inputs.maps = [folder / "map.mrc"]
     if not inputs.maps[0].is_file():
         raise InputError(f"{folder}: no complete run of cryosplat (it has no map.mrc)")
-    if inputs.mask is None and (folder / "mask.mrc").is_file():
+    if with_mask and inputs.mask is None and (folder / "mask.mrc").is_file():
         inputs.mask = folder / "mask.mrc"
     if inputs.table is None and (folder / "fsc.csv").is_file():
         inputs.table = folder / "fsc.csv"
@@ -182,11 +183,16 @@ def _add_run(inputs: Inputs, folder: Path) -> None:
             inputs.notes.append("the run has no calibrated curve of map.mrc; half_maps may say more than map.mrc holds")
     summary = folder / "summary.json"
     if inputs.resolution_a is None and summary.is_file():
-        try:
-            inputs.resolution_a = json.loads(summary.read_text()).get("resolution_a")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{summary}: not the summary of a run ({error}); give --resolution") from error
+        inputs.resolution_a = _resolution_of(summary)
         inputs.resolution_from = f"resolution_a of {summary}"
+
+
+def _resolution_of(summary: Path) -> float | None:
+    try:
+        value = json.loads(summary.read_text()).get("resolution_a")
+        return None if value is None else float(value)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{summary}: not the summary of a run ({error}); give --resolution") from error
 
 
 def _weighting(
@@ -194,16 +200,14 @@ def _weighting(
 ) -> Weighting:
     """The FSC curve: from the table, else of the two half maps under the mask."""
     if inputs.table:
+        curve = read_curve(inputs.table, inputs.column, len(volumes[0]), pixel_size_a)
         between = args.weighting or COLUMNS.get(inputs.column)
         if between is None:
             raise InputError(
                 f"{inputs.table}: column {inputs.column} can be any curve; say what it compares with --weighting "
                 "half-maps or --weighting truth"
             )
-        return Weighting(
-            read_curve(inputs.table, inputs.column, len(volumes[0]), pixel_size_a), between,
-            f"{inputs.column} of {inputs.table}",
-        )  # fmt: skip
+        return Weighting(curve, between, f"{inputs.column} of {inputs.table}")
     if len(volumes) == 2:
         if args.weighting == "truth":
             raise InputError("--weighting truth: the FSC of --half1 and --half2 is between half maps; leave it out")
@@ -269,7 +273,7 @@ def read_curve(table: Path, column: str, box: int, pixel_size_a: float) -> FscCu
             f"{table}: {len(shells)} shells of a box of {side_a:.5g} A, but the map has {box // 2} of "
             f"{box * pixel_size_a:.5g} A; the curve must be of the map's own grid"
         )
-    return FscCurve(np.concatenate([[1.0], np.nan_to_num(values)]), box, pixel_size_a)
+    return FscCurve(np.concatenate([[1.0], np.nan_to_num(values, posinf=0.0, neginf=0.0)]), box, pixel_size_a)
 
 
 def _record(args: argparse.Namespace, inputs: Inputs, weighting: Weighting, result: Sharpened) -> dict[str, Any]:
@@ -298,8 +302,11 @@ def _record(args: argparse.Namespace, inputs: Inputs, weighting: Weighting, resu
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _write(folder: Path, volume: np.ndarray, result: Sharpened, record: dict[str, Any]) -> None:
@@ -307,7 +314,7 @@ def _write(folder: Path, volume: np.ndarray, result: Sharpened, record: dict[str
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
-    label = f"cryosplat postprocess: B {result.b_factor_a2:.1f} A^2, low-pass {result.resolution_a:.2f} A"
+    label = f"cryosplat postprocess: B {result.b_factor_a2:.5g} A^2, low-pass {result.resolution_a:.4g} A"
     label += ", FSC-weighted" if record["weighting"] != "none" else ""
     label += ", masked" if record["mask_applied"] else ""
     write_map(folder / FILES[0], volume, result.pixel_size_a, label=label)

@@ -18,6 +18,9 @@ MINIMUM_FIT_SHELLS = 5
 EDGE_SHELLS = 2.0
 """Width of the low-pass's cosine edge, centred on the resolution, in Fourier voxels: less rings, more blurs."""
 
+LARGEST_EXPONENT = 20.0
+"""Of what B amplifies by, at the resolution: even -400 A^2 at 2.5 A is e^16."""
+
 
 @dataclass(frozen=True)
 class GuinierFit:
@@ -117,7 +120,7 @@ def guinier_fit(amplitudes: np.ndarray, box: int, pixel_size_a: float, from_a: f
     if shells < MINIMUM_FIT_SHELLS:
         raise InputError(
             f"B factor: {shells} shells of signal from {from_a:.4g} A (--fit-from) to {to_a:.4g} A, the resolution; a "
-            f"fit needs {MINIMUM_FIT_SHELLS}. Fit from a lower resolution (a larger --fit-from), or give B with --bfactor"
+            f"fit needs {MINIMUM_FIT_SHELLS}. Fit from a lower resolution (a larger --fit-from), or give --bfactor"
         )
     squares, logarithms = frequency[inside] ** 2, np.log(amplitudes[inside])
     slope, intercept = np.polyfit(squares, logarithms, 1)
@@ -161,30 +164,44 @@ def sharpen(
         b_factor_a2: B, A^2, negative to sharpen; None fits it from ``fit_from_a`` (A) to the resolution.
 
     Raises:
-        InputError: the resolution is beyond Nyquist, or too few shells to fit.
+        InputError: the resolution is beyond Nyquist, no signal, too few shells to fit, or a B beyond reason.
     """
     box = len(volume)
     check_resolution(resolution_a, pixel_size_a)
     spectrum = scipy.fft.rfftn(np.asarray(volume, dtype=np.float64))
     amplitudes = {"map": shell_amplitudes(spectrum)}
     if curve is not None:
-        weights = np.zeros(int(shell_index(box).max()) + 1)  # corners beyond the last shell have no FSC
+        shells = shell_index(box)
+        weights = np.zeros(int(shells.max()) + 1)  # corners beyond the last shell have no FSC
         weights[: len(curve.fsc)] = fsc_weights(curve.fsc, between)
-        spectrum *= weights[shell_index(box)]
+        spectrum *= weights[shells]
     amplitudes["weighted"] = shell_amplitudes(spectrum)
+    if not amplitudes["weighted"][1:].any():
+        raise InputError("there is nothing to sharpen: the map is constant, or its FSC is 0 from the first shell on")
     fit = None
     if b_factor_a2 is None:
         fit = guinier_fit(amplitudes["weighted"], box, pixel_size_a, fit_from_a, resolution_a)
         b_factor_a2 = fit.b_factor_a2
-    full, half = np.fft.fftfreq(box, 1 / box), np.fft.rfftfreq(box, 1 / box)
-    side_a = box * pixel_size_a
-    radius = np.sqrt(full[:, None, None] ** 2 + full[:, None] ** 2 + half**2)
-    passed = low_pass_weights(radius, side_a / resolution_a)
-    # The exponent only where something passes: in the corners it may overflow.
-    spectrum *= passed * np.exp(-b_factor_a2 / 4 * np.where(passed > 0, radius / side_a, 0) ** 2)
+    spectrum *= _filter(box, pixel_size_a, resolution_a, b_factor_a2)
     amplitudes["sharpened"] = shell_amplitudes(spectrum)
     sharpened = scipy.fft.irfftn(spectrum, volume.shape).astype(np.float32)
     return Sharpened(sharpened, pixel_size_a, resolution_a, float(b_factor_a2), fit, amplitudes)
+
+
+def _filter(box: int, pixel_size_a: float, resolution_a: float, b_factor_a2: float) -> np.ndarray:
+    """Low-pass times exp(-B s^2 / 4) on the grid of ``scipy.fft.rfftn``."""
+    full, half = np.fft.fftfreq(box, 1 / box), np.fft.rfftfreq(box, 1 / box)
+    radius = np.sqrt(full[:, None, None] ** 2 + full[:, None] ** 2 + half**2)
+    side_a = box * pixel_size_a
+    passed = low_pass_weights(radius, side_a / resolution_a)
+    # The exponent only where something passes: in the corners it would grow for nothing.
+    exponent = -b_factor_a2 / 4 * np.where(passed > 0, radius / side_a, 0) ** 2
+    if exponent.max() > LARGEST_EXPONENT:
+        raise InputError(
+            f"B of {b_factor_a2:.4g} A^2 amplifies the resolution of {resolution_a:.4g} A by more than "
+            f"e^{LARGEST_EXPONENT:g}: that is noise; give another B with --bfactor"
+        )
+    return passed * np.exp(exponent)
 
 
 def check_resolution(resolution_a: float, pixel_size_a: float) -> None:
@@ -194,7 +211,7 @@ def check_resolution(resolution_a: float, pixel_size_a: float) -> None:
         InputError: saying what Nyquist is.
     """
     nyquist_a = 2 * pixel_size_a
-    if not resolution_a > 0 or resolution_a < nyquist_a * (1 - 1e-3):  # A/px in headers are rounded
+    if not 0 < resolution_a < np.inf or resolution_a < nyquist_a * (1 - 1e-3):  # A/px in headers are rounded
         raise InputError(
             f"resolution {resolution_a:.4g} A: the map has {pixel_size_a:.4g} A/px, so Nyquist is {nyquist_a:.4g} A; "
             "give one that is not beyond it with --resolution"
