@@ -90,7 +90,8 @@ def guinier_figure(sharpened: Sharpened) -> Figure:
     box, cut_off = len(sharpened.volume), sharpened.resolution_a**-2.0
     squares = (np.arange(1, box // 2 + 1) / (box * sharpened.pixel_size_a)) ** 2
     seen = []
-    for number, (name, values) in enumerate(sharpened.amplitudes.items()):
+    for name, values in sharpened.amplitudes.items():
+        number = list(_GUINIER).index(name)
         logarithms = np.log(values[1:], out=np.full(len(squares), np.nan), where=values[1:] > 0)
         style = {"color": _COLOURS[number], "linestyle": _DASHES[number], "linewidth": 1.8}
         axes.plot(squares, logarithms, label=_GUINIER[name], zorder=3, **style)
@@ -109,7 +110,7 @@ def guinier_figure(sharpened: Sharpened) -> Figure:
     )  # fmt: skip
     low, high = np.nanmin(np.concatenate(seen)), np.nanmax(np.concatenate(seen))
     axes.set_ylim(low - 0.15 * (high - low), high + 0.1 * (high - low))
-    axes.set_xlim(0, squares[-1])
+    axes.set_xlim(0, min(2 * cut_off, squares[-1]))
     axes.set_xlabel("1/d² (1/Å²)", fontsize=_LABEL)
     axes.set_ylabel("ln (mean amplitude of the shell)", fontsize=_LABEL)
     axes.legend(fontsize=_TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)

@@ -57,8 +57,8 @@ class Sharpened:
         resolution_a: where it is low-passed, A.
         b_factor_a2: the B applied, A^2.
         fit: of the weighted amplitudes; None where B was given.
-        amplitudes: mean |F| (D // 2 + 1,) by shell of the map as it was ("map"), after FSC weighting ("weighted"),
-            and sharpened and low-passed ("sharpened"). F is the unnormalised transform.
+        amplitudes: mean |F| (D // 2 + 1,) by shell of the map as it was ("map"), after FSC weighting ("weighted",
+            if there was any), and sharpened and low-passed ("sharpened"). F is the unnormalised transform.
     """
 
     volume: np.ndarray
@@ -175,12 +175,13 @@ def sharpen(
         weights = np.zeros(int(shells.max()) + 1)  # corners beyond the last shell have no FSC
         weights[: len(curve.fsc)] = fsc_weights(curve.fsc, between)
         spectrum *= weights[shells]
-    amplitudes["weighted"] = shell_amplitudes(spectrum)
-    if not amplitudes["weighted"][1:].any():
+        amplitudes["weighted"] = shell_amplitudes(spectrum)
+    weighted = amplitudes.get("weighted", amplitudes["map"])
+    if not weighted[1:].any():
         raise InputError("there is nothing to sharpen: the map is constant, or its FSC is 0 from the first shell on")
     fit = None
     if b_factor_a2 is None:
-        fit = guinier_fit(amplitudes["weighted"], box, pixel_size_a, fit_from_a, resolution_a)
+        fit = guinier_fit(weighted, box, pixel_size_a, fit_from_a, resolution_a)
         b_factor_a2 = fit.b_factor_a2
     spectrum *= _filter(box, pixel_size_a, resolution_a, b_factor_a2)
     amplitudes["sharpened"] = shell_amplitudes(spectrum)
