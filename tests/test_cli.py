@@ -67,7 +67,7 @@ def test_help_names_the_commands_without_waiting_for_pytorch():
     ended = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment())
     assert ended.returncode == 0, ended.stderr
     for name in ("train", "simulate", "voxelise", "fsc", "postprocess", "info"):
-        assert re.search(rf"^ +{name} ", ended.stdout, re.MULTILINE)
+        assert re.search(rf"^ +{name}\s", ended.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
