@@ -12,12 +12,13 @@ LAYERS = (
     # Statements, formulas and tables that need nothing else of the package.
     ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension"),
     # Single files and single operations.
-    ("files", "unpickle", "images", "atoms", "ops"),
+    ("files", "unpickle", "images", "atoms", "ops", "symmetry"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
-    ("particles", "figures"),
+    ("particles", "sharpening"),
+    ("figures",),
     # What training is put together from.
-    ("dataset", "monitor", "outputs", "simulate"),
+    ("dataset", "monitor", "outputs", "simulate", "postprocess"),
     ("reconstruction", "inspection"),
     ("evaluation", "trainer"),
     # What people call.
