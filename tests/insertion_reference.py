@@ -24,7 +24,7 @@ def insert_reference(
         padded: P, side of a grid in voxels, even.
 
     Returns:
-        n complex, d, e real: (K, P, P, P/2+1) each, axes [grid, z, y, x].
+        n complex, d, g real: (K, P, P, P/2+1) each, axes [grid, z, y, x].
     """
     values, weights, rotations, shifts = (
         np.asarray(values, np.complex128),
@@ -32,7 +32,7 @@ def insert_reference(
     )
     box = values.shape[1]
     size = (grids, padded, padded, padded // 2 + 1)
-    n, d, e = np.zeros(size, np.complex128), np.zeros(size), np.zeros(size)
+    n, d, g = np.zeros(size, np.complex128), np.zeros(size), np.zeros(size)
     kx, ky = half_disc(box)
     for view in range(len(values)):
         turns = (kx * (box // 2 - shifts[view, 0]) + ky * (box // 2 - shifts[view, 1])) / box
@@ -49,8 +49,8 @@ def insert_reference(
             place = (int(grid[view]), at[:, 2] % padded, at[:, 1] % padded, at[:, 0])
             np.add.at(n, place, t * value)
             np.add.at(d, place, t * weight)
-            np.add.at(e, place, t**2 * weight)
-    return n, d, e
+            np.add.at(g, place, t * (weight != 0))
+    return n, d, g
 
 
 def half_disc(box: int) -> tuple[np.ndarray, np.ndarray]:

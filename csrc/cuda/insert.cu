@@ -42,10 +42,10 @@ struct Plan {
   double cycles;          // 1/D
 };
 
-// n, d and e of one voxel, read and written as one. No access is wider than 16 bytes.
+// n, d and g of one voxel, read and written as one. No access is wider than 16 bytes.
 template <class T>
 struct alignas(16) Voxel {
-  T real, imaginary, weight, squared;
+  T real, imaginary, weight, coverage;
 };
 
 // One term of n and d before it is spread.
@@ -100,25 +100,25 @@ __device__ Index voxel(const Plan<T>& plan, Index grid, int x, int y, int z) {
   return ((grid * plan.padded + row) * plan.padded + column) * (plan.half + 1) + x;
 }
 
-__device__ void add(Voxel<float>* to, float real, float imaginary, float weight, float squared) {
+__device__ void add(Voxel<float>* to, float real, float imaginary, float weight, float coverage) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
                :
-               : "l"(__cvta_generic_to_global(to)), "f"(real), "f"(imaginary), "f"(weight), "f"(squared)
+               : "l"(__cvta_generic_to_global(to)), "f"(real), "f"(imaginary), "f"(weight), "f"(coverage)
                : "memory");
 #else
   atomicAdd(&to->real, real);
   atomicAdd(&to->imaginary, imaginary);
   atomicAdd(&to->weight, weight);
-  atomicAdd(&to->squared, squared);
+  atomicAdd(&to->coverage, coverage);
 #endif
 }
 
-__device__ void add(Voxel<double>* to, double real, double imaginary, double weight, double squared) {
+__device__ void add(Voxel<double>* to, double real, double imaginary, double weight, double coverage) {
   atomicAdd(&to->real, real);
   atomicAdd(&to->imaginary, imaginary);
   atomicAdd(&to->weight, weight);
-  atomicAdd(&to->squared, squared);
+  atomicAdd(&to->coverage, coverage);
 }
 
 // Spreads a coefficient at point q over the corners of its cell.
@@ -142,7 +142,7 @@ __device__ void spread(const Plan<T>& plan, Index grid, Vector<T> q, Coefficient
                 (dz ? fraction[2] : 1 - fraction[2]);
     if (t == 0) continue;  // frequent at axis-aligned poses; also keeps NaN from voxels that it does not reach
     add(voxels + voxel(plan, grid, int(x) + dx, int(y) + dy, int(z) + dz), t * c.real, t * c.imaginary, t * c.weight,
-        t * t * c.weight);
+        c.weight != 0 ? t : T(0));
   }
 }
 
@@ -260,7 +260,7 @@ __device__ void gather(const Plan<T>& plan, const InsertInputs<T>& in, Index vie
       sum->real += t * c.real;
       sum->imaginary += t * (stored ? c.imaginary : -c.imaginary);
       sum->weight += t * c.weight;
-      sum->squared += t * t * c.weight;
+      sum->coverage += c.weight != 0 ? t : T(0);
     }
   }
 }
@@ -300,12 +300,12 @@ __global__ void __launch_bounds__(threads_in_block)
       }
     }
   }
-  const bool is_changed = sum.real != 0 || sum.imaginary != 0 || sum.weight != 0 || sum.squared != 0;
+  const bool is_changed = sum.real != 0 || sum.imaginary != 0 || sum.weight != 0 || sum.coverage != 0;
   if (!is_voxel || !is_changed) return;
   Voxel<T>& to = voxels[voxel(plan, brick.grid, x, y, z)];
   const Voxel<T> before = to;
   to = {before.real + sum.real, before.imaginary + sum.imaginary, before.weight + sum.weight,
-        before.squared + sum.squared};
+        before.coverage + sum.coverage};
 }
 
 // Blocks along z, a view each, then the next; CUDA takes 65535, but these fill every GPU. And blocks along x.
