@@ -13,12 +13,12 @@ LAYERS = (
     ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension"),
     # Single files and single operations.
     ("files", "unpickle", "images", "atoms", "ops"),
-    ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians"),
+    ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
-    ("particles", "figures"),
+    ("particles", "figures", "uncertainty", "directional", "localresolution", "fscchecks"),
     # What training is put together from.
-    ("dataset", "monitor", "outputs", "simulate"),
-    ("reconstruction", "inspection"),
+    ("dataset", "monitor", "outputs", "simulate", "fscsuite", "fscfigures"),
+    ("reconstruction", "inspection", "fsccommand"),
     ("evaluation", "trainer"),
     # What people call.
     ("train",),
@@ -26,7 +26,6 @@ LAYERS = (
 )
 
 UPWARD = {
-    ("fsc", "figures"): "the fsc command draws its curve when asked to",
     ("train", "cli"): "python -m cryosplat.train reports errors as the cryosplat command does",
 }
 """Imports against the order, allowed inside a function only."""
@@ -34,9 +33,9 @@ UPWARD = {
 OWNERS = {
     "torch.distributed": {"distributed"},
     "torch.nn.parallel": {"distributed"},
-    "cryodrgn": {"particles", "images", "unpickle", "fsc"},
+    "cryodrgn": {"particles", "images", "unpickle"},
     "submitit": set(),
-    "matplotlib": {"figures"},
+    "matplotlib": {"figures", "fscfigures"},
     "gemmi": {"atoms"},
     "tensorboard": {"metrics", "monitor"},
     "torch.utils.tensorboard": {"metrics", "monitor"},
