@@ -99,7 +99,7 @@ def _read(args: argparse.Namespace) -> _Maps:
     from_file = [] if name in ("auto", "none") else [name]
     (first, second, *mask), pixel_size = read_maps([args.map1, args.map2, *from_file])
     if mask:
-        masks.check_mask(mask[0], name)
+        masks.check_mask(mask[0], name, warn=lambda _: None)  # the file is named here; what follows warns
     called = {"auto": "mask made from their sum", "none": "no mask"}.get(name, f"mask {name}")
     return _Maps(first, second, mask[0] if mask else None if name == "auto" else "none", pixel_size, called)
 

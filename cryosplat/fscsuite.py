@@ -116,14 +116,15 @@ def fsc_suite(
 def _masks(
     total: np.ndarray, pixel_size_a: float, mask: np.ndarray | str | None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Masks by name, the one to correct for last; and a sentence if none could be made."""
+    """Masks by name, the one to correct for last; and sentences about them."""
     if isinstance(mask, str):
         if mask != "none":
             raise InputError(f"mask={mask!r}: expected an array, None for one made here, or 'none'")
         return {}, []
     if mask is not None:
-        masks.check_mask(mask)
-        return {"masked": np.asarray(mask, dtype=np.float32)}, []
+        warnings = []
+        masks.check_mask(mask, warn=warnings.append)
+        return {"masked": np.asarray(mask, dtype=np.float32)}, warnings
     try:
         made = masks.masks_from_map(total, pixel_size_a)
     except InputError as error:

@@ -1,6 +1,7 @@
 """Soft masks: a sphere, one round the density of a map however noisy it is, and what a mask must not be."""
 
 import logging
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -40,6 +41,12 @@ SMOOTHER = 1.25
 LARGEST_LOW_PASS_A = 48.0
 """While the noise puts the threshold above this fraction of the molecule's level, which would cut into its weaker
 parts, the map is smoothed by this factor more, up to this."""
+
+RING = (0.85, 1.0)
+"""Where background is looked for inside the inscribed sphere, in units of its radius."""
+
+BLANK = 0.3
+"""Corners with less than this fraction of the ring's noise have been set to zero; smoothing carries some back in."""
 
 SPECK_FRACTION = 0.02
 """Parts smaller than this fraction of the largest are noise."""
@@ -101,7 +108,7 @@ def mask_from_map(
     """A soft mask round the molecule of a map, made for noisy linear reconstructions as well as for clean maps.
 
     The map is smoothed (Gaussian, half amplitude at the larger of 15 A and 4 px, or more while noise hides its weaker
-    parts), thresholded where it is clear of its background as seen outside the inscribed sphere and in a ring inside
+    parts), thresholded where it is clear of its background as seen outside the inscribed sphere or in a ring inside
     it, freed of specks, filled, and widened by ``MARGINS``. Give it the sum of two half maps, not one of them: a mask
     of one half carries its noise.
 
@@ -147,6 +154,7 @@ def molecule(volume: np.ndarray, pixel_size_a: float, low_pass_a: float | None =
             f"({highest / noise if noise else 0:.1f} standard deviations; is its contrast inverted?); give a mask"
         )
     dense = smooth > max(NOISE_LEVELS * noise, DENSITY_FRACTION * typical)
+    dense &= radii(len(dense)) <= len(dense) / 2  # nothing is reconstructed from all sides further out
     return scipy.ndimage.binary_fill_holes(_without_specks(dense))
 
 
@@ -178,16 +186,18 @@ def low_pass(volume: np.ndarray, cut_off_a: float, pixel_size_a: float) -> np.nd
 def _background(smooth: np.ndarray) -> tuple[float, float]:
     """Level and standard deviation of what is not molecule, by medians, which a molecule that reaches it moves little.
 
-    The corners may have been set to zero, or have less noise than the middle, so a ring inside the inscribed sphere
-    is looked at too and the noisier of the two is believed.
+    It is looked for in the corners and in a ring inside the inscribed sphere, and the quieter of the two is believed: a
+    molecule may reach into the ring, and gridding may have raised the noise of the corners. But corners that have been
+    set to zero are no background.
     """
     radius = radii(len(smooth)) / (len(smooth) / 2)
     found = []
-    for where in (radius > 1, (radius > 0.85) & (radius <= 1)):
+    for where in (radius > 1, (radius > RING[0]) & (radius <= RING[1])):
         values = smooth[where]
         level = float(np.median(values))
         found.append((level, 1.4826 * float(np.median(np.abs(values - level)))))
-    return max(found, key=lambda pair: pair[1])
+    corners, ring = found
+    return corners if BLANK * ring[1] < corners[1] < ring[1] else ring
 
 
 def _without_specks(dense: np.ndarray) -> np.ndarray:
@@ -198,8 +208,13 @@ def _without_specks(dense: np.ndarray) -> np.ndarray:
     return (sizes >= max(1.0, SPECK_FRACTION * sizes.max()))[labels]
 
 
-def check_mask(mask: np.ndarray, name: str = "the mask") -> None:
+def check_mask(mask: np.ndarray, name: str = "the mask", warn: Callable[[str], object] = logger.warning) -> None:
     """Refuse a mask that leaves 0 to 1 (slack 1e-4) or keeps less than 0.1 % of the box; warn of one that keeps most.
+
+    Args:
+        mask: (D, D, D).
+        name: what to call it.
+        warn: takes the sentence.
 
     Raises:
         InputError: saying which, with the values found.
@@ -213,6 +228,4 @@ def check_mask(mask: np.ndarray, name: str = "the mask") -> None:
             f"{name}: keeps {100 * kept:.3g} % of the box; an FSC needs at least {100 * MINIMUM_FRACTION:g} %"
         )
     if kept > NEARLY_FULL_FRACTION:
-        logger.warning(
-            f"{name} keeps {100 * kept:.3g} % of the box, more than a sphere that touches its faces: it hardly masks"
-        )
+        warn(f"{name} keeps {100 * kept:.3g} % of the box, more than a sphere that touches its faces: it hardly masks")

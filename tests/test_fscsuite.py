@@ -1,5 +1,6 @@
 """The suite's curves are those of relion_postprocess, and what is odd about half maps is said."""
 
+import dataclasses
 import shutil
 import subprocess
 
@@ -8,6 +9,7 @@ import pytest
 import scipy.ndimage
 from halfmaps import frequencies, halves, molecule, noise
 
+from cryosplat import fscchecks
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, fsc, resolution
 from cryosplat.fscsuite import corrected, fsc_suite, randomisation_shell
@@ -188,11 +190,20 @@ def test_particles_in_both_halves(truth, strength, shared):
     assert about(suite, "share particles")
 
 
-def test_a_molecule_that_a_mask_cuts(truth, pair):
-    """A hard mask much smaller than the molecule."""
-    cut = spherical_mask(BOX, 7, 1)
-    suite = fsc_suite(*halves(truth, 0.5), PIXEL_SIZE_A, cut)
-    assert about(suite, "dips by") or about(suite, "too tight")
+def test_a_corrected_curve_that_dips_where_the_correction_begins():
+    smooth = np.linspace(1, 0.2, 25)
+    dipped = smooth.copy()
+    dipped[9:11] -= 0.3
+    for values, expected in ((smooth, 0), (dipped, 1)):
+        curve = FscCurve(values, 48, 3.0, np.full(25, 0.01))
+        curves = {"unmasked": curve, "corrected": curve, "phase_randomised": dataclasses.replace(curve, fsc=0 * smooth)}
+        found = [warning for warning in fscchecks.warnings(curves, False, 7) if "dips by" in warning]
+        assert len(found) == expected
+    assert "20.57 A" in found[0]  # where phases are randomised: 48 px x 3 A / 7
+
+
+def test_a_mask_that_hardly_masks(pair):
+    assert about(fsc_suite(*pair, PIXEL_SIZE_A, np.ones((BOX,) * 3)), "hardly masks")
 
 
 def test_maps_that_are_better_in_some_directions_than_in_others(truth):

@@ -15,9 +15,10 @@ LAYERS = (
     ("files", "unpickle", "images", "atoms", "ops"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
-    ("particles", "figures", "uncertainty", "directional", "localresolution", "fscchecks"),
+    ("figures", "uncertainty", "directional", "localresolution", "fscchecks"),
+    ("particles", "fscsuite", "fscfigures"),
     # What training is put together from.
-    ("dataset", "monitor", "outputs", "simulate", "fscsuite", "fscfigures"),
+    ("dataset", "monitor", "outputs", "simulate"),
     ("reconstruction", "inspection", "fsccommand"),
     ("evaluation", "trainer"),
     # What people call.

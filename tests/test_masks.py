@@ -60,13 +60,22 @@ def test_corners_set_to_zero_do_not_pass_for_a_quiet_background(truth, outline):
     assert covered(truth, mask) > 0.99 and (mask > 0.5).sum() < 2 * outline.sum()
 
 
+@pytest.mark.parametrize("rise", [-0.7, 4.0])
+def test_noise_that_falls_or_rises_towards_the_corners_moves_the_mask_little(truth, outline, rise):
+    x = 2 * np.arange(BOX) / BOX - 1
+    profile = 1 + rise * (x[:, None, None] ** 2 + x[:, None] ** 2 + x**2) / 3
+    volume = truth + 0.7 * truth.std() * profile * noise(BOX, 5)
+    mask = mask_from_map(volume, PIXEL_SIZE_A)
+    assert covered(truth, mask) > 0.99 and (mask > 0.5).sum() < 2 * outline.sum()
+
+
 def test_specks_are_dropped_and_holes_filled(truth):
     x = np.arange(BOX) - BOX // 2
     radius = np.sqrt(x[:, None, None] ** 2 + x[:, None] ** 2 + x**2)
     hollow = ((radius < 14) & (radius > 8)).astype(float)
-    hollow[3:6, 3:6, 3:6] = 1.0
+    hollow[8:11, 8:11, 24] = 1.0
     mask = mask_from_map(hollow, PIXEL_SIZE_A)
-    assert (mask[radius < 14] == 1).all() and mask[4, 4, 4] == 0
+    assert (mask[radius < 14] == 1).all() and mask[9, 9, 24] == 0
 
 
 def test_the_loose_mask_holds_the_tight_one(truth):
