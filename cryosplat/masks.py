@@ -124,18 +124,21 @@ def mask_from_map(
     Raises:
         InputError: nothing in the map is clear of its background (or its contrast is inverted).
     """
-    return _widen(molecule(volume, pixel_size_a, low_pass_a), pixel_size_a, kind)
+    return _widen(_distance(molecule(volume, pixel_size_a, low_pass_a)), pixel_size_a, kind)
 
 
 def masks_from_map(volume: np.ndarray, pixel_size_a: float) -> dict[str, np.ndarray]:
     """``mask_from_map`` of every kind, by its name; the molecule is looked for once."""
-    inside = molecule(volume, pixel_size_a)
-    return {kind: _widen(inside, pixel_size_a, kind) for kind in MARGINS}
+    distance_px = _distance(molecule(volume, pixel_size_a))
+    return {kind: _widen(distance_px, pixel_size_a, kind) for kind in MARGINS}
 
 
-def _widen(inside: np.ndarray, pixel_size_a: float, kind: str) -> np.ndarray:
+def _distance(inside: np.ndarray) -> np.ndarray:
+    return scipy.ndimage.distance_transform_edt(~inside).astype(np.float32)
+
+
+def _widen(distance_px: np.ndarray, pixel_size_a: float, kind: str) -> np.ndarray:
     margin = MARGINS[kind]
-    distance_px = scipy.ndimage.distance_transform_edt(~inside).astype(np.float32)
     edge_px = max(EDGE_PX, margin.edge_a / pixel_size_a)
     return cosine_edge(distance_px - margin.dilation_a / pixel_size_a, edge_px)
 
