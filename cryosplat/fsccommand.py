@@ -75,6 +75,10 @@ def _check(args: argparse.Namespace) -> None:
     for threshold in args.threshold:
         if not 0 < threshold < 1:
             raise InputError(f"--threshold {threshold:g}: expected a number between 0 and 1, such as 0.143")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: expected 0 or more")
+    if args.local_window is not None and not args.local_resolution:
+        raise InputError("--local-window is of --local-resolution; give that, too")
     if (args.local_resolution or args.poses) and not args.output:
         raise InputError("--local-resolution and --poses write files: give a folder for them with -o")
     if args.reference and (args.local_resolution or args.poses):

@@ -127,6 +127,8 @@ def test_it_replaces_nothing_and_writes_nothing_then(folder):
     [
         (["--mask", "b.mrc"], r"b\.mrc: expected values from 0 to 1"),
         (["--threshold", "1.43"], r"--threshold 1\.43"),
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["--local-window", "60"], "give that, too"),
         (["--local-resolution"], "give a folder for them with -o"),
         (["--poses", "poses.pkl"], "give a folder for them with -o"),
         (["--reference", "--poses", "poses.pkl", "-o", "out"], "are for half maps"),

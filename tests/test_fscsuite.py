@@ -143,6 +143,17 @@ def test_the_seed_matters_little_and_the_same_seed_not_at_all(pair, mask, suite)
     assert one.directional is None and one.anisotropy is None
 
 
+@pytest.mark.parametrize("box", [31, 32, 33])
+def test_odd_boxes_are_as_good_as_even_ones(box):
+    suite = fsc_suite(*halves(molecule(box), 1.0), PIXEL_SIZE_A)
+    masked, randomised = suite.curves["tight"].fsc, suite.curves["phase_randomised"].fsc
+    assert len(masked) == box // 2 + 1
+    np.testing.assert_allclose(
+        randomised[: suite.randomisation_shell - 2], masked[: suite.randomisation_shell - 2], atol=0.05
+    )
+    assert np.abs(randomised[suite.randomisation_shell + 4 :]).max() < 0.1
+
+
 def test_without_a_mask_nothing_is_corrected(pair):
     suite = fsc_suite(*pair, PIXEL_SIZE_A, "none")
     assert list(suite.curves) == ["unmasked", "sphere"] and suite.final == "unmasked"
