@@ -85,7 +85,7 @@ def fsc_suite(
         mask: (D, D, D), 0 to 1; None: made from the sum of the maps ("tight" of ``masks``, "loose" for comparison);
             "none": no mask and no correction.
         seed: of the random phases.
-        directions: conical FSC, too; takes about a second at 128 px.
+        directions: conical FSC, too.
 
     Raises:
         InputError: maps of different boxes, not finite, or a mask that ``masks.check_mask`` refuses.
@@ -98,17 +98,14 @@ def fsc_suite(
     curves = {"unmasked": pair.curve(), "sphere": pair.curve(masks.spherical_mask(len(half_a)))}
     curves |= {name: pair.curve(volume) for name, volume in used.items()}
     name, volume = next(reversed(used.items())) if used else (None, None)
-    shell = None
-    if name is not None:
-        shell = randomisation_shell(curves["unmasked"])
-        if shell is None:
-            curves["corrected"] = curves[name]
-            warnings.append("the unmasked FSC never falls below 0.8: nothing is corrected for the mask")
-        else:
-            curves["phase_randomised"] = pair.randomised(shell, volume, seed)
-            curves["corrected"] = corrected(curves[name], curves["phase_randomised"], shell)
-    spectra = [masked_spectrum(half, volume, np.float32) for half in (half_a, half_b)] if directions else None
-    directional = directional_fsc(*spectra, pixel_size_a) if directions else None
+    shell = None if name is None else randomisation_shell(curves["unmasked"])
+    if shell is not None:
+        curves["phase_randomised"] = pair.randomised(shell, volume, seed)
+        curves["corrected"] = corrected(curves[name], curves["phase_randomised"], shell)
+    elif name is not None:
+        curves["corrected"] = curves[name]
+        warnings.append("the unmasked FSC never falls below 0.8: nothing is corrected for the mask")
+    directional = pair.directional(volume) if directions else None
     warnings += fscchecks.warnings(curves, np.array_equal(half_a, half_b), shell) + _anisotropic(directional)
     return FscSuite(curves, volume, shell, directional, warnings)
 
@@ -133,7 +130,7 @@ def _masks(
 
 
 def _anisotropic(directional: DirectionalFsc | None) -> list[str]:
-    if directional is None or directional.anisotropy >= ANISOTROPIC_BELOW:
+    if directional is None or directional.anisotropy >= ANISOTROPIC_BELOW or directional.areas.max() <= 0:
         return []
     resolutions = directional.resolutions
     return [
@@ -155,6 +152,11 @@ class _Pair:
         """FSC under a mask, with errors."""
         spectra = [masked_spectrum(half, mask) for half in (self.half_a, self.half_b)]
         return self._with_errors(correlation(shell_sums(*spectra)), mask)
+
+    def directional(self, mask: np.ndarray | None) -> DirectionalFsc:
+        """Conical FSC under a mask."""
+        spectra = (masked_spectrum(half, mask, np.float32) for half in (self.half_a, self.half_b))
+        return directional_fsc(*spectra, self.pixel_size_a)
 
     def randomised(self, shell: int, mask: np.ndarray, seed: int) -> FscCurve:
         """FSC under a mask that was applied after the phases of both maps had been randomised from ``shell`` on.
