@@ -210,6 +210,11 @@ class ParticleDataset:
         )
 
     @property
+    def half(self) -> np.ndarray:
+        """(N,) half of every particle."""
+        return self._half.numpy()
+
+    @property
     def bytes_in_memory(self) -> int:
         return self._spectra.numel() * self._spectra.element_size()
 
@@ -271,6 +276,18 @@ def noise_weights(power: np.ndarray, count: np.ndarray, box: int) -> Tensor:
         weight = 1.0 / radial[np.minimum(shells, len(radial) - 1)]
         weights.append(weight / weight.mean())
     return torch.from_numpy(np.stack(weights)).float()
+
+
+def shells_of_half_plane(box: int) -> np.ndarray:
+    """Shell (D, D//2+1) of every coefficient of a half-spectrum; those in the corners lie beyond D//2."""
+    return _shells(box)[0]
+
+
+def half_plane_weights(box: int) -> Tensor:
+    """How often (D//2+1,) a column of a half-spectrum counts: 2 where the Friedel mates are not stored, else 1."""
+    weights = torch.full((box // 2 + 1,), 2.0)
+    weights[:: box // 2] = 1.0
+    return weights
 
 
 def _shells(box: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,16 +10,16 @@ PACKAGE = ROOT / "cryosplat"
 
 LAYERS = (
     # Statements, formulas and tables that need nothing else of the package.
-    ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension"),
+    ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension", "fingerprints"),
     # Single files and single operations.
-    ("files", "unpickle", "images", "atoms", "ops"),
+    ("files", "unpickle", "images", "atoms", "ops", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
     ("particles", "figures"),
     # What training is put together from.
     ("dataset", "monitor", "outputs", "simulate"),
     ("reconstruction", "inspection"),
-    ("evaluation", "trainer"),
+    ("evaluation", "trainer", "holdout"),
     # What people call.
     ("train",),
     ("cli",),
