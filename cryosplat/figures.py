@@ -181,6 +181,35 @@ def loss_figure(metrics: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
+def panels_figure(panels: Sequence) -> Figure:
+    """Panels of curves, two beside each other; each has title, x_label, y_label, x, lines (y by label), the half width
+    of a shaded band round 0 or None, an x to mark or None, and in_pairs (``verdicts.Panel``)."""
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10.0, 3.6 * rows), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    places = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes, panel in zip(places, panels, strict=False):
+        for number, (label, values) in enumerate(panel.lines.items()):
+            colour, dash = (number // 2, number % 2) if panel.in_pairs else (number, number)
+            style = {"color": _COLOURS[colour % len(_COLOURS)], "linestyle": _DASHES[dash % len(_DASHES)]}
+            single = "o" if len(panel.x) == 1 else None
+            axes.plot(panel.x, values, linewidth=1.6, label=label, marker=single, **style)
+        if panel.band is not None:
+            axes.fill_between(panel.x, -panel.band, panel.band, color=_GREY, alpha=0.2, linewidth=0)
+            axes.set_ylim(-0.3, 1.03)
+        if panel.mark is not None:
+            axes.axvline(panel.mark, color=_GREY, linewidth=0.8)
+        axes.set_title(panel.title, fontsize=_TITLE)
+        axes.set_xlabel(panel.x_label, fontsize=_LABEL)
+        axes.set_ylabel(panel.y_label, fontsize=_LABEL)
+        axes.tick_params(labelsize=_TICK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=_TICK, frameon=False)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    return figure
+
+
 def _running_mean(values: np.ndarray) -> np.ndarray:
     """Centred mean over about a thirtieth of the values, over fewer at the ends."""
     half = len(values) // 60

@@ -15,13 +15,13 @@ LAYERS = (
     ("files", "unpickle", "images", "atoms", "ops", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
-    ("particles", "figures"),
+    ("particles", "figures", "records"),
     # What training is put together from.
-    ("dataset", "monitor", "outputs", "simulate"),
+    ("dataset", "monitor", "outputs", "simulate", "verdicts"),
     ("reconstruction", "inspection"),
     ("evaluation", "trainer", "holdout"),
     # What people call.
-    ("train",),
+    ("train", "validation"),
     ("cli",),
 )
 
