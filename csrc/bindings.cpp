@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "insert.h"
 #include "splat.h"
 
 namespace py = pybind11;
@@ -98,6 +99,17 @@ void bind(py::module_& module) {
         cpu::covariances_backward<Scalar>(count, pointer<const Scalar>(quaternions), pointer<const Scalar>(scales),
                                           pointer<const Scalar>(grad_covariances), pointer<Scalar>(grad_quaternions),
                                           pointer<Scalar>(grad_scales), threads);
+      },
+      NoGil());
+  module.def(
+      "insert",
+      [](std::int64_t grids, std::int64_t views, std::int64_t box, std::int64_t padded, Address values, Address weights,
+         Address rotations, Address shifts, Address grid, Address accumulators, int threads) {
+        cpu::insert<Scalar>({grids, views, box, padded},
+                            {pointer<const Scalar>(values), pointer<const Scalar>(weights),
+                             pointer<const Scalar>(rotations), pointer<const Scalar>(shifts),
+                             pointer<const std::int64_t>(grid)},
+                            pointer<Scalar>(accumulators), threads);
       },
       NoGil());
 }

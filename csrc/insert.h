@@ -27,9 +27,8 @@
 // the caller adds the mates (`hermitian` in cryosplat/backprojection.py). Corners that fall on frequency P/2 or -P/2
 // share one voxel; no one looks at these.
 //
-// Accumulators are added to, not overwritten. The order in which a voxel's contributions are added is that of the
-// views, and within a view that of ky = 0, 1, ..., D/2-1, -D/2, ..., -1 and then of kx, so a result does not depend on
-// the number of threads, bit for bit, on the CPU. A GPU may add in another order.
+// Accumulators are added to, not overwritten. On the CPU the order in which a voxel's contributions are added is fixed,
+// so a result does not depend on the number of threads, bit for bit. A GPU may add in another order.
 //
 // Sums are of type Scalar. In float a voxel of a million terms has a relative error near 1e-4
 // (measured in benchmarks/cpu.md), far below the noise.

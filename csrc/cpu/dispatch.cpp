@@ -87,6 +87,11 @@ void covariances_backward(std::int64_t count, const Scalar* quaternions, const S
                                          threads);
 }
 
+template <class Scalar>
+void insert(const InsertShape& shape, const InsertInputs<Scalar>& in, Scalar* accumulators, int threads) {
+  kernels<Scalar>().insert(shape, in, accumulators, threads);
+}
+
 #define CRYOSPLAT_INSTANTIATE(Scalar)                                                                               \
   template void splat_forward(const SplatShape&, const SplatInputs<Scalar>&, double, Scalar*, int);                 \
   template void splat_backward(const SplatShape&, const SplatInputs<Scalar>&, double, const Scalar*,                \
@@ -95,6 +100,7 @@ void covariances_backward(std::int64_t count, const Scalar* quaternions, const S
   template void covariances_forward(std::int64_t, const Scalar*, const Scalar*, Scalar*, int);                      \
   template void covariances_backward(std::int64_t, const Scalar*, const Scalar*, const Scalar*, Scalar*, Scalar*,   \
                                      int);                                                                          \
+  template void insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar*, int);                               \
   template void voxelise_backward(const SplatShape&, const SplatInputs<Scalar>&, double, const Scalar*,             \
                                   const SplatGradients<Scalar>&, int)
 CRYOSPLAT_INSTANTIATE(float);

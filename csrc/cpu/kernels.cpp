@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "covariance_kernels.h"
+#include "insert_kernels.h"
 #include "splat_kernels.h"
 #include "voxelise_kernels.h"
 
@@ -11,7 +12,8 @@ namespace CRYOSPLAT_ISA {
 template <class Scalar>
 static cpu::Kernels<Scalar> kernels() {
   return {splat_forward<Scalar>,      splat_backward<Scalar>,      voxelise_forward<Scalar>,
-          voxelise_backward<Scalar>, covariances_forward<Scalar>, covariances_backward<Scalar>};
+          voxelise_backward<Scalar>, covariances_forward<Scalar>, covariances_backward<Scalar>,
+          insert<Scalar>};
 }
 
 cpu::KernelTable kernel_table() { return {kernels<float>(), kernels<double>()}; }

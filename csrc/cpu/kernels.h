@@ -1,6 +1,7 @@
 // What one instruction set's copy of the kernels offers to the dispatcher.
 #pragma once
 
+#include "../insert.h"
 #include "../splat.h"
 
 namespace cryosplat {
@@ -16,6 +17,7 @@ struct Kernels {
                             const SplatGradients<Scalar>&, int);
   void (*covariances_forward)(std::int64_t, const Scalar*, const Scalar*, Scalar*, int);
   void (*covariances_backward)(std::int64_t, const Scalar*, const Scalar*, const Scalar*, Scalar*, Scalar*, int);
+  void (*insert)(const InsertShape&, const InsertInputs<Scalar>&, Scalar*, int);
 };
 
 struct KernelTable {
