@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cryosplat.files import atomic_path
 from cryosplat.fsc import fsc, read_maps
 from cryosplat.records import Record, read_record
 from cryosplat.verdicts import Check
+from cryosplat.volumes import read_map
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,6 @@ SEEDS_APART = 1000
 FAILED = 1
 """Exit code of a run that failed a test."""
 
-Train = Callable[[Path, list[str], Path, int], int]
-
 
 def validate(
     run_dir: str | os.PathLike,
@@ -53,7 +52,6 @@ def validate(
     processes: int = 1,
     epochs: int | None = None,
     null_shell_a: float | None = None,
-    train: Train | None = None,
 ) -> list[Check]:
     """Train what the tests need under RUN/validation/, judge, and write verdict.md, verdict.json and verdict.png there.
 
@@ -66,25 +64,26 @@ def validate(
         processes: of each training; more than one under torchrun.
         epochs: of each training; none: the run's own.
         null_shell_a: A, from which on phases are random; none: chosen by ``choose_null_shell``.
-        train: in place of the subprocess that trains: (configuration, words, current folder, processes) -> exit code.
 
     Raises:
         InputError: no such run, a test unknown, or a training that failed.
     """
     folder = Path(run_dir).expanduser().resolve()
     run, config = _read_run(folder)
+    base = _base(folder, config)
+    share = verdicts.independent_share(_mask(config, base))
     unknown = [test for test in tests if test not in TESTS]
     if unknown or not tests:
         raise InputError(f"--tests {','.join(unknown)}: expected some of {','.join(TESTS)}")
-    job = _Job(folder, config, _base(folder, config), processes, epochs, train or _train)
+    job = _Job(folder, config, base, processes, epochs)
     checks, records = [], []
     if "phases" in tests:
         shell_a = null_shell_a or choose_null_shell(run)
         records.append(job.run("phases", "data.null=phases", f"data.null_shell_a={shell_a!r}"))
-        checks.append(verdicts.judge_phases(run, records[-1], shell_a))
+        checks.append(verdicts.judge_phases(run, records[-1], shell_a, share))
     if "noise" in tests:
         records.append(job.run("noise", "data.null=noise"))
-        checks.append(verdicts.judge_noise(run, records[-1]))
+        checks.append(verdicts.judge_noise(run, records[-1], share))
     if "holdout" in tests:
         few = min(max(HOLDOUT, HOLDOUT_IMAGES / run.summary["particles"]), LARGEST_HOLDOUT)
         fraction = config.data.holdout or round(few, 3)
@@ -148,6 +147,11 @@ def _base(folder: Path, config: Config) -> Path:
     return base
 
 
+def _mask(config: Config, base: Path) -> np.ndarray | None:
+    """The mask under which the run's FSCs were taken."""
+    return read_map(base / resolve_path(config, config.data.mask))[0] if config.data.mask else None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """What all trainings of a validation have in common."""
@@ -157,7 +161,6 @@ class _Job:
     base: Path
     processes: int
     epochs: int | None
-    train: Train
 
     @property
     def folder(self) -> Path:
@@ -170,7 +173,7 @@ class _Job:
         words += [] if self.epochs is None else [f"train.epochs={self.epochs}"]
         if not (folder / "summary.json").is_file():
             logger.info("validate: training %s (%s)", folder, ", ".join(changed))
-        code = self.train(self.run_dir / "config.yaml", words, self.base, self.processes)
+        code = _train(self.run_dir / "config.yaml", words, self.base, self.processes)
         if code != 0:
             raise InputError(
                 f"validate: the training of {folder} ended with exit code {code}; its messages are above and in its "
