@@ -302,7 +302,7 @@ def _judge_curve(check: Check, model: str, gain: np.ndarray, trained: np.ndarray
     }  # fmt: skip
     name = model.replace("_", " ")
     words = f"{name}: {gain[-1]:.4g} nats an image held out, {trained[-1]:.4g} trained (standard error {error:.2g})"
-    if trained[-1] < 3 * error:
+    if max(trained[-1], abs(gain[-1])) < 3 * error:
         check.say(INCONCLUSIVE, f"{words}; neither is certain: hold out more images.")
     elif fall > FALL_LIMIT and gain[best] > 0 and trained[-1] > trained[best]:
         epoch = int(table["epoch"][best])

@@ -1,6 +1,8 @@
 """Held-out images train nothing, and their likelihood is what the formula says, on any number of ranks."""
 
 import csv
+import shutil
+from unittest import mock
 
 import mrcfile
 import numpy as np
@@ -160,22 +162,64 @@ def test_bands_add_up_and_trained_images_gain_more(run):
         assert (np.diff(found[f"{name}_full"]) > 0).all()
 
 
-def test_ranks_and_resumption_change_nothing(stack, run, tmp_path):
-    words = training_set.settings(stack, tmp_path / "two", *WORDS)
-    killed = training_set.settings(stack, tmp_path / "killed", *WORDS)
-    outcomes = run_jobs(
-        tmp_path,
-        [
-            Job("plain", 2, str(tmp_path / "a"), words),
-            Job("killed", 1, str(tmp_path / "b"), killed, 25),
-        ],
-    )
-    assert outcomes[0].codes == [0, 0] and outcomes[1].codes != [0]
-    training_set.trained(stack, tmp_path / "killed", *WORDS)
-    assert (tmp_path / "killed/holdout.csv").read_bytes() == (run / "holdout.csv").read_bytes()
-    one, two = (read_metrics(folder / "holdout.csv", HOLDOUT_COLUMNS) for folder in (run, tmp_path / "two"))
+NOISE = ("data.null=noise", "data.null_seed=3")
+
+
+@pytest.fixture(scope="module")
+def jobs(stack, tmp_path_factory):
+    """Folder of the run on two ranks, and of one that was killed and went on; with images held out and with noise."""
+    folder = tmp_path_factory.mktemp("jobs")
+    todo = []
+    for name, words in (("held out", WORDS), ("noise", NOISE)):
+        for program, ranks in (("plain", 2), ("killed", 1)):
+            place = folder / f"{name} {program}"
+            todo.append(Job(program, ranks, str(place), training_set.settings(stack, place / "run", *words), 25))
+    codes = [outcome.codes for outcome in run_jobs(folder, todo)]
+    assert codes[::2] == [[0, 0], [0, 0]] and [0] not in codes
+    for name, words in (("held out", WORDS), ("noise", NOISE)):
+        training_set.trained(stack, folder / f"{name} killed" / "run", *words)
+    return folder
+
+
+def test_ranks_and_resumption_change_nothing(run, jobs):
+    again = jobs / "held out killed/run/holdout.csv"
+    assert again.read_bytes() == (run / "holdout.csv").read_bytes()
+    one, two = (read_metrics(path, HOLDOUT_COLUMNS) for path in (again, jobs / "held out plain/run/holdout.csv"))
     for name in HOLDOUT_COLUMNS:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_a_null_run_is_a_run_like_any_other(stack, run, jobs, tmp_path):
+    """It resumes, ranks change nothing; its grey scale is that of the images, or it would learn too little."""
+    noise = training_set.trained(stack, tmp_path / "noise", *NOISE)
+    maps = [mrcfile.read(folder / "map.mrc") for folder in (noise, jobs / "noise killed/run", jobs / "noise plain/run")]
+    np.testing.assert_array_equal(maps[0], maps[1])
+    np.testing.assert_allclose(maps[0], maps[2], atol=1e-3 * maps[0].std())
+    units = [training_set.last_checkpoint(folder)["trainer"]["unit"] for folder in (noise, run)]
+    torch.testing.assert_close(*units, rtol=0.1, atol=0)
+    assert np.corrcoef(maps[0].ravel(), mrcfile.read(run / "map.mrc").ravel())[0, 1] < 0.7
+
+
+def test_tensorboard_has_the_columns(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    table = read_metrics(run / "holdout.csv", HOLDOUT_COLUMNS)
+    for name in HOLDOUT_COLUMNS[3:]:
+        points = events.Scalars(f"holdout/{name}")
+        assert [point.step for point in points] == table["step"].tolist()
+        np.testing.assert_allclose([point.value for point in points], table[name], rtol=1e-5)
+
+
+def test_a_run_is_not_resumed_with_other_images_held_out(stack, jobs, tmp_path):
+    shutil.copytree(jobs / "held out killed/run", tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    with (
+        mock.patch("cryosplat.particles.hold_out", lambda *words: np.roll(hold_out(*words), 2)),
+        pytest.raises(InputError, match="other images are held out than when the run began"),
+    ):
+        training_set.trained(stack, tmp_path / "run", *WORDS)
 
 
 def test_a_row_of_a_course_that_was_given_up_goes(tmp_path):

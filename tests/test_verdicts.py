@@ -143,6 +143,7 @@ def held_out_run(folder, gain, trained, error=0.1):
         ([4, 5, 6], [8, 11, 15], 0.1, FAIL),  # less than half
         ([4, 5, 6], [8, 11, 15], 1.0, PASS),  # not for certain
         ([-1, -2, -3], [1, 2, 4], 0.1, FAIL),
+        ([-1, -2, -9], [1, 1, 1], 0.5, FAIL),
         ([0.1, 0.1, 0.2], [0.1, 0.2, 0.2], 0.5, INCONCLUSIVE),
     ],
 )
