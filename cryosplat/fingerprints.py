@@ -16,7 +16,7 @@ by 1e-6, storing a copy in half precision or with other grey levels by some 1e-4
 
 
 def fingerprint(images: Tensor) -> Tensor:
-    """Numbers (n, 6) float32 of normalised images (n, D, D): their products with fixed patterns of +1 and -1, divided by D.
+    """Numbers (n, 6) of normalised images (n, D, D): their products with fixed patterns of +1 and -1, divided by D.
 
     White noise of unit variance has numbers of unit variance, independent between images. Since the images are
     normalised first, a copy with other grey levels has the same numbers; one that was shifted or filtered does not.
