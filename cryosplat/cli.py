@@ -14,7 +14,8 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
+    """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 if interrupted, 1 for a run that
+    ``validate`` finds wanting."""
     parser = argparse.ArgumentParser(
         prog="cryosplat",
         description="Cryo-EM homogeneous reconstruction by Gaussian splatting: particle images with known poses and "
@@ -33,11 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(args.run, args)
 
 
-def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run with logging set up; what the user can mend is printed as one line, without a traceback."""
+def run_command(run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Run with logging set up; what the user can mend is printed as one line, without a traceback.
+
+    Returns:
+        The exit code: what ``run`` returns, None being 0, unless it fails.
+    """
     _set_up_logging()
     try:
-        run(args)
+        return run(args) or 0
     except PeerGone:
         # At once: PyTorch's process group, when its objects are freed, may wait for ever for the peer that is gone.
         logging.shutdown()
@@ -51,7 +56,6 @@ def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namesp
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def _set_up_logging() -> None:
@@ -126,8 +130,16 @@ def _info(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=inspection.info)
 
 
+def _validate(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import validation
+
+    validation.add_arguments(parser)
+    parser.set_defaults(run=validation.run)
+
+
 _COMMANDS = {
     "train": ("reconstruct a particle stack", _train),
+    "validate": ("say what a run's resolution is worth, by null tests", _validate),
     "simulate": ("make a particle stack with known truth", _simulate),
     "voxelise": ("map of a Gaussian mixture", _voxelise),
     "postprocess": ("sharpen a map", _postprocess),

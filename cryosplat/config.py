@@ -37,6 +37,10 @@ class DataConfig:
     truth: str | None = None  # map to compare with, simulations only
     mask: str | None = None  # soft mask for FSC, 0 to 1; none: no mask
     precision: str = "half"  # images in memory: half or single
+    holdout: float = 0.0  # fraction of the images that nothing is trained on, to watch overfitting with
+    null: str = "none"  # null test: phases (random beyond null_shell_a) or noise (no particle at all)
+    null_shell_a: float | None = None  # A; null=phases: resolution from which on phases are random
+    null_seed: int = 0  # of the random phases or noise
 
 
 @dataclass
@@ -106,6 +110,7 @@ class Config:
 
 CHOICES = {
     "data.precision": ("half", "single"),
+    "data.null": ("none", "phases", "noise"),
     "model.amplitudes": ("signed", "positive"),
     "train.schedule": ("cosine", "exponential", "constant"),
     "train.device": ("auto", "cpu", "cuda"),
@@ -117,6 +122,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.first": (lambda value: value >= 1, "at least 1 particle"),
     "data.box": (lambda value: value >= 8 and value % 2 == 0, "an even number of pixels, at least 8"),
     "data.pixel_size": (lambda value: value > 0, "more than 0 A/px"),
+    "data.holdout": (lambda value: 0 <= value <= 0.5, "a fraction of the images from 0 to 0.5"),
+    "data.null_shell_a": (lambda value: value > 0, "a resolution above 0 A"),
+    "data.null_seed": (lambda value: 0 <= value < 2**32, "0 to 4294967295"),
     "model.gaussians": (lambda value: value >= 1, "at least 1"),
     "model.spread": (lambda value: 0 < value <= 0.5, "a fraction of the box above 0 and at most 0.5"),
     "model.scale_min": (lambda value: value > 0, "a fraction of the box above 0"),
@@ -215,6 +223,8 @@ def validate(config: Config) -> None:
             f"model.scale = {model.scale}: expected more than model.scale_min ({model.scale_min}) "
             f"and at most model.scale_max ({model.scale_max})"
         )
+    if (config.data.null == "phases") != (config.data.null_shell_a is not None):
+        problems.append("data.null = 'phases' and data.null_shell_a go together: phases are random from there on")
     if config.train.device == "cpu" and config.distributed.backend == "nccl":
         problems.append("distributed.backend = 'nccl' needs train.device = 'cuda'; on CPUs it is 'gloo' (or 'auto')")
     if not config.run_dir.strip():

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.errors import InputError
+from cryosplat.fingerprints import NUMBERS, fingerprint
+from cryosplat.nulls import null_shell, random_phases, white_spectra
 from cryosplat.particles import ParticleTable
 
 logger = logging.getLogger(__name__)
@@ -43,11 +45,13 @@ class Batch:
 class Statistics:
     """What a rank's particles say of the noise, to be shared before training.
 
-    ``deviation`` (N,) noise standard deviation of each particle (zero for those of other ranks);
-    ``power`` (2, S) and ``count`` (2,) sums over each half's particles of the radial noise power.
+    ``deviation`` (N,) noise standard deviation of each particle, and ``fingerprint`` (N, 6) what tells copies (zero for
+    those of other ranks); ``power`` (2, S) and ``count`` (2,) sums over each half's particles, but for those held out,
+    of the radial noise power.
     """
 
     deviation: np.ndarray
+    fingerprint: np.ndarray
     power: np.ndarray
     count: np.ndarray
 
@@ -90,6 +94,8 @@ class ParticleDataset:
         self._row = np.full(len(table), -1, dtype=np.int64)
         self._row[owned] = np.arange(len(owned))
         self._half = torch.from_numpy(table.half.astype(np.int64))
+        self._held_out = torch.from_numpy(table.held_out)
+        self._cropped = self.box < table.box
         self._rotations = torch.from_numpy(table.rotations).float()
         self._shifts = (torch.from_numpy(table.shifts) * self.box).float()
         self._ctf = None if table.ctf is None else torch.from_numpy(table.ctf).float()
@@ -102,7 +108,8 @@ class ParticleDataset:
     def _read(self, table: ParticleTable, progress: Callable[[int], None]) -> Statistics:
         corners = corner_mask(table.box)
         shells, shell_size = _shells(table.box)
-        statistics = Statistics(np.zeros(len(table)), np.zeros((2, len(shell_size))), np.zeros(2))
+        numbers = np.zeros((len(table), NUMBERS))
+        statistics = Statistics(np.zeros(len(table)), numbers, np.zeros((2, len(shell_size))), np.zeros(2))
         for start in range(0, len(self.owned), IMAGES_PER_READ):
             ids = self.owned[start : start + IMAGES_PER_READ]
             raw = table.read(ids)
@@ -115,9 +122,10 @@ class ParticleDataset:
                 raise InputError(f"{table.location(first)}: the image is constant outside its inner circle; remove it")
             images = (images - background.mean(-1)[:, None, None]) / deviation.float()[:, None, None]
             statistics.deviation[ids] = deviation.numpy()
+            statistics.fingerprint[ids] = fingerprint(images).numpy()
             noise = torch.fft.rfft2(images * corners, norm="ortho").abs().square().double() / corners.double().mean()
             for h in (0, 1):
-                mine = torch.from_numpy(table.half[ids] == h)
+                mine = torch.from_numpy((table.half[ids] == h) & ~table.held_out[ids])
                 statistics.power[h] += np.bincount(
                     shells.ravel(), noise[mine].sum(0).numpy().ravel(), minlength=len(shell_size)
                 )
@@ -143,14 +151,46 @@ class ParticleDataset:
     def normalise(self, deviation: np.ndarray) -> None:
         """Set the scale of all images from the noise levels (N,) of all particles, gathered from all ranks.
 
-        Each half has its own level, the root mean square of its particles' (halves share no statistic);
-        sums run in the order of the table, so they are the same for any number of ranks.
+        Each half has its own level, the root mean square of its particles' (halves share no statistic), but for those
+        held out; sums run in the order of the table, so they are the same for any number of ranks.
         """
         deviation = torch.from_numpy(deviation)
         for h in (0, 1):
             mine = self._half == h
-            level = deviation[mine].square().mean().sqrt()
+            level = deviation[mine & ~self._held_out].square().mean().sqrt()
             self._gain[mine] = (self._sign * deviation[mine] / level).float()
+
+    def make_null(
+        self, kind: str, seed: int, same: np.ndarray, noise: np.ndarray, null_shell_a: float | None = None
+    ) -> None:
+        """Take the signal out of the images: all of it ("noise"), or its phases from a resolution on ("phases").
+
+        Noise has each image's own level and the spectrum of its half. Poses, CTF, halves and noise statistics stay.
+        What is drawn depends on seed and image alone, not on the number of ranks.
+
+        Args:
+            kind: "noise" or "phases".
+            same: (N,) for every particle the first one whose image it shares: copies stay copies.
+            noise: (2, S) radial noise power of either half, as ``radial_noise`` gives it.
+            null_shell_a: A, for "phases".
+
+        Raises:
+            InputError: that resolution is not one of these images.
+        """
+        shells = torch.from_numpy(_shells(self.box)[0])
+        level = torch.from_numpy(noise).sqrt().float()[:, shells.clamp(max=noise.shape[1] - 1)]
+        if self._cropped:
+            level[:, self.box // 2], level[:, :, self.box // 2] = 0, 0  # as fourier_crop leaves them
+        beyond = shells >= null_shell(null_shell_a, self.box, self.pixel_size_a) - 1e-6 if kind == "phases" else None
+        for start in range(0, len(self.owned), IMAGES_PER_READ):
+            ids = self.owned[start : start + IMAGES_PER_READ]
+            rows = slice(start, start + len(ids))
+            white = white_spectra(same[ids], self.box, seed)
+            if kind == "noise":
+                spectra = white * level[self._half[torch.from_numpy(ids)]]
+            else:
+                spectra = random_phases(torch.view_as_complex(self._spectra[rows].float()), white, beyond)
+            self._spectra[rows] = torch.view_as_real(spectra)
 
     def batch(self, ids: np.ndarray, device: torch.device | str = "cpu") -> Batch:
         """The particles ``ids``, which this rank owns, on a device."""
@@ -168,6 +208,11 @@ class ParticleDataset:
             self._half[at].to(device),
             ids,
         )
+
+    @property
+    def half(self) -> np.ndarray:
+        """(N,) half of every particle."""
+        return self._half.numpy()
 
     @property
     def bytes_in_memory(self) -> int:
@@ -204,6 +249,19 @@ def fourier_crop(spectra: Tensor, box: int) -> Tensor:
     return cropped
 
 
+def radial_noise(power: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Noise power (2, S) of each half by shell, near 1, from sums over all ranks.
+
+    Args:
+        power: (2, S) summed radial noise power of either half.
+        count: (2,) particles summed.
+    """
+    radial = power / np.maximum(count, 1)[:, None]
+    # Each image's background was taken off, and with it its noise in the first shells.
+    radial[:, :FIRST_NOISE_SHELL] = radial[:, FIRST_NOISE_SHELL, None]
+    return radial
+
+
 def noise_weights(power: np.ndarray, count: np.ndarray, box: int) -> Tensor:
     """Weights (2, D, D//2+1) that whiten each half's noise: 1 / radial power, mean 1 over the grid.
 
@@ -214,13 +272,22 @@ def noise_weights(power: np.ndarray, count: np.ndarray, box: int) -> Tensor:
     """
     shells, _ = _shells(box)
     weights = []
-    for h in (0, 1):
-        radial = power[h] / max(count[h], 1)
-        # Each image's background was taken off, and with it its noise in the first shells.
-        radial[:FIRST_NOISE_SHELL] = radial[FIRST_NOISE_SHELL]
+    for radial in radial_noise(power, count):
         weight = 1.0 / radial[np.minimum(shells, len(radial) - 1)]
         weights.append(weight / weight.mean())
     return torch.from_numpy(np.stack(weights)).float()
+
+
+def shells_of_half_plane(box: int) -> np.ndarray:
+    """Shell (D, D//2+1) of every coefficient of a half-spectrum; those in the corners lie beyond D//2."""
+    return _shells(box)[0]
+
+
+def half_plane_weights(box: int) -> Tensor:
+    """How often (D//2+1,) a column of a half-spectrum counts: 2 where the Friedel mates are not stored, else 1."""
+    weights = torch.full((box // 2 + 1,), 2.0)
+    weights[:: box // 2] = 1.0
+    return weights
 
 
 def _shells(box: int) -> tuple[np.ndarray, np.ndarray]:

@@ -111,7 +111,7 @@ def fsc_figure(
 
 def guinier_figure(sharpened: Sharpened) -> Figure:
     """ln(amplitude) against 1/d^2 before and after sharpening, with the line that was fitted over its range."""
-    figure, axes = _figure(6.0, 3.9)
+    figure, axes = new_figure(6.0, 3.9)
     box, cut_off = len(sharpened.volume), sharpened.resolution_a**-2.0
     squares = (np.arange(1, box // 2 + 1) / (box * sharpened.pixel_size_a)) ** 2
     seen = []
@@ -240,6 +240,35 @@ def loss_figure(metrics: Mapping[str, np.ndarray]) -> Figure:
     axes.set_xlabel("step", fontsize=LABEL)
     axes.set_ylabel("loss (mean squared error)", fontsize=LABEL)
     axes.ticklabel_format(useOffset=False)
+    return figure
+
+
+def panels_figure(panels: Sequence) -> Figure:
+    """Panels of curves, two beside each other; each has title, x_label, y_label, x, lines (y by label), the half width
+    of a shaded band round 0 or None, an x to mark or None, and in_pairs (``verdicts.Panel``)."""
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10.0, 3.6 * rows), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    places = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes, panel in zip(places, panels, strict=False):
+        for number, (label, values) in enumerate(panel.lines.items()):
+            colour, dash = (number // 2, number % 2) if panel.in_pairs else (number, number)
+            style = {"color": _COLOURS[colour % len(_COLOURS)], "linestyle": _DASHES[dash % len(_DASHES)]}
+            single = "o" if len(panel.x) == 1 else None
+            axes.plot(panel.x, values, linewidth=1.6, label=label, marker=single, **style)
+        if panel.band is not None:
+            axes.fill_between(panel.x, -panel.band, panel.band, color=_GREY, alpha=0.2, linewidth=0)
+            axes.set_ylim(-0.3, 1.03)
+        if panel.mark is not None:
+            axes.axvline(panel.mark, color=_GREY, linewidth=0.8)
+        axes.set_title(panel.title, fontsize=_TITLE)
+        axes.set_xlabel(panel.x_label, fontsize=_LABEL)
+        axes.set_ylabel(panel.y_label, fontsize=_LABEL)
+        axes.tick_params(labelsize=_TICK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=_TICK, frameon=False)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
     return figure
 
 

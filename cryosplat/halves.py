@@ -107,6 +107,64 @@ def assign_halves(
     return half, origin
 
 
+def hold_out(listing: Listing, rows: np.ndarray, half: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draw the images that nothing is to be trained on, from a seed.
+
+    They are that fraction of either half, but at least one particle of it. As for halves, whole micrographs are taken
+    where they are known, because their particles share errors and may overlap, unless that leaves a half with less
+    than half its share; and rows that are the same image never part, not even those in different halves.
+
+    Args:
+        listing: all particles.
+        rows: (n,) those in use.
+        half: (n,) their halves.
+        fraction: 0 to 0.5; 0 holds out none.
+
+    Returns:
+        (n,) bool.
+
+    Raises:
+        InputError: too few images to hold out some of each half and train on others.
+    """
+    held_out = np.zeros(len(rows), dtype=bool)
+    if fraction == 0:
+        return held_out
+    _, image = np.unique(_image_number(listing)[rows], return_inverse=True)
+    group = listing.group[rows]
+    there = np.bincount(half, minlength=2)
+    wanted = np.where(there > 0, np.maximum(1, np.rint(fraction * there)), 0).astype(np.int64)
+    taken = np.zeros(2, dtype=np.int64)
+    for unit in (_joined(image, group) if (group >= 0).any() else image, image):
+        held_out = _take(unit, half, wanted, seed)
+        taken = np.bincount(half[held_out], minlength=2)
+        if (2 * taken >= wanted).all():
+            break
+    lacking = (there > 0) & ((taken == 0) | (taken == there))
+    if lacking.any():
+        h = int(np.flatnonzero(lacking)[0])
+        raise InputError(
+            f"data.holdout={fraction:g}: half {'ab'[h]} has {there[h]} particles, too few different images to hold "
+            f"some out and train on others; use more particles, or data.holdout=0"
+        )
+    return held_out
+
+
+def _take(unit: np.ndarray, half: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
+    """Rows (n,) bool of units in random order, leaving out a unit that would give a half more than is ``wanted``."""
+    members = np.zeros((unit.max() + 1, 2), dtype=np.int64)
+    np.add.at(members, (unit, half), 1)
+    # The second number keeps this draw apart from others made from the same seed.
+    order = np.random.default_rng([seed, 0x401D]).permutation(len(members))
+    chosen, left = np.zeros(len(members), dtype=bool), wanted.copy()
+    for index in order.tolist():
+        if not left.any():
+            break
+        if (members[index] <= left).all():
+            chosen[index] = True
+            left -= members[index]
+    return chosen[unit]
+
+
 def _image_number(listing: Listing) -> np.ndarray:
     """(N,) equal for rows that are the same image of the same stack."""
     return listing.stack.astype(np.int64) * (listing.slices.max() + 1) + listing.slices

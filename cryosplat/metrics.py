@@ -1,7 +1,8 @@
-"""What a run has logged, on disk: metrics.csv and TensorBoard's event files, read, and cut back on resuming."""
+"""What a run has logged, on disk: metrics.csv, holdout.csv and TensorBoard's event files, read, and cut back on
+resuming."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +24,39 @@ COLUMNS = (
 )
 """Columns of metrics.csv; "seconds" is wall time in training over all resumed parts. What there is none of is empty."""
 
+HOLDOUT_BANDS = 4
+"""Equal parts of the frequencies up to Nyquist, each with its own gain."""
 
-def read_metrics(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Columns of a metrics.csv by name, float64, one value a logged step, NaN where there is none.
+HOLDOUT_COLUMNS = (
+    "step",
+    "epoch",
+    "images",
+    *(
+        f"{name}_{what}"
+        for name in ("gain", "trained")
+        for what in (
+            "full",
+            "full_error",
+            "half_a",
+            "half_b",
+            *(f"band_{number}" for number in range(1, HOLDOUT_BANDS + 1)),
+        )
+    ),
+)
+"""Columns of holdout.csv: gains in log likelihood over an empty map, nats an image, of held-out and trained images."""
+
+
+def read_metrics(path: str | os.PathLike, columns: Sequence[str] = COLUMNS) -> dict[str, np.ndarray]:
+    """Columns of a metrics.csv (or of another such file) by name, float64, one value a row, NaN where there is none.
 
     A last line that a killed run left without its end is not read.
 
     Raises:
         InputError: no such file, other columns, or a line that is not one.
     """
-    rows = _complete_rows(Path(path))
+    rows = _complete_rows(Path(path), columns)
     values = [[float(field) if field else np.nan for field in row] for row in rows]
-    return dict(zip(COLUMNS, np.array(values).reshape(-1, len(COLUMNS)).T, strict=True))
+    return dict(zip(columns, np.array(values).reshape(-1, len(columns)).T, strict=True))
 
 
 def cut_metrics(path: Path, last_step: int) -> float:
@@ -43,29 +65,39 @@ def cut_metrics(path: Path, last_step: int) -> float:
     Returns:
         The seconds of the last row left, 0 if there is none.
     """
-    rows = [row for row in _complete_rows(path) if float(row[0]) <= last_step] if path.exists() else []
+    rows = [row for row in _complete_rows(path, COLUMNS) if float(row[0]) <= last_step] if path.exists() else []
     with atomic_path(path) as temporary:
         temporary.write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *rows]))
     return float(rows[-1][COLUMNS.index("seconds")] or 0) if rows else 0.0
 
 
-def _complete_rows(path: Path) -> list[list[str]]:
-    """Rows of a metrics.csv below its header. What follows the last line's end is a torn line and is left out."""
+def append_holdout(path: Path, row: Mapping[str, float]) -> None:
+    """Put a row into a holdout.csv, made if it is not there. Rows of its step or later ones are of a course that was
+    given up, and go."""
+    rows = _complete_rows(path, HOLDOUT_COLUMNS) if path.exists() else []
+    kept = [fields for fields in rows if float(fields[0]) < row["step"]]
+    new = ["" if row.get(column) is None else f"{row[column]:.7g}" for column in HOLDOUT_COLUMNS]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(",".join(fields) + "\n" for fields in [HOLDOUT_COLUMNS, *kept, new]))
+
+
+def _complete_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    """Rows of a file of such columns below its header. What follows the last line's end is torn and is left out."""
     try:
         lines = path.read_text(errors="replace").split("\n")[:-1]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if lines and lines[0] != ",".join(COLUMNS):
-        raise InputError(f"{path}: expected the columns {','.join(COLUMNS)}, found {lines[0][:200]}; move it away")
+    if lines and lines[0] != ",".join(columns):
+        raise InputError(f"{path}: expected the columns {','.join(columns)}, found {lines[0][:200]}; move it away")
     rows = [line.split(",") for line in lines[1:]]
     for number, row in enumerate(rows, 2):
         try:
             numbers = [float(field) for field in row if field]
         except ValueError:
             numbers = []
-        if len(row) != len(COLUMNS) or not numbers or not row[0]:
+        if len(row) != len(columns) or not numbers or not row[0]:
             found = lines[number - 1][:200]
-            raise InputError(f"{path}, line {number}: expected {len(COLUMNS)} numbers, found {found!r}")
+            raise InputError(f"{path}, line {number}: expected {len(columns)} numbers, found {found!r}")
     return rows
 
 

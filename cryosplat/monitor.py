@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cryosplat import figures
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, mean_fsc
-from cryosplat.metrics import COLUMNS, cut_events, cut_metrics
+from cryosplat.metrics import COLUMNS, append_holdout, cut_events, cut_metrics
 
 logger = logging.getLogger(__name__)
 _PACKAGE_LOGGER = logging.getLogger("cryosplat")
@@ -54,6 +54,9 @@ class NullMonitor:
         pass
 
     def evaluation(self, *args, **kwargs) -> None:
+        pass
+
+    def holdout(self, *args, **kwargs) -> None:
         pass
 
     def text(self, *args, **kwargs) -> None:
@@ -188,6 +191,20 @@ class Monitor:
         words = [f"resolution {name.replace('_', ' ')} {value:.2f} A" for name, value in known.items()]
         words += [f"mean FSC {name.replace('_', ' ')} {value:.4f}" for name, value in means.items()]
         logger.info("after epoch %d, step %d: %s", epoch, step, ", ".join(words) or "no half maps, no truth")
+
+    def holdout(self, step: int, epoch: int, gains: Mapping[str, float]) -> None:
+        """Log what held-out and trained images say of the models, in holdout.csv too.
+
+        Args:
+            step, epoch: both done.
+            gains: by column of holdout.csv, as ``holdout.HoldOut.measure`` gives them.
+        """
+        append_holdout(self._run_dir / "holdout.csv", {"step": step, "epoch": epoch, **gains})
+        self._scalars({f"holdout/{name}": value for name, value in gains.items() if name != "images"}, step)
+        logger.info(
+            "after epoch %d, step %d: nats an image gained over an empty map: %.4g held out, %.4g trained on",
+            *(epoch, step, gains["gain_full"], gains["trained_full"]),
+        )
 
     def text(self, tag: str, markdown: str) -> None:
         """Log a text, such as "run/config", in TensorBoard."""

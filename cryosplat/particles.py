@@ -13,7 +13,7 @@ import numpy as np
 from cryosplat.config import DataConfig
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.errors import InputError
-from cryosplat.halves import assign_halves
+from cryosplat.halves import assign_halves, hold_out
 from cryosplat.images import ImageReader, StackHeader, read_header
 from cryosplat.listing import Listing, read_listing, resolve_stacks
 from cryosplat.unpickle import read_integers, read_pickle
@@ -50,6 +50,7 @@ class ParticleTable:
         half_origin: a sentence that says where the halves come from.
         rows: (N,) int64, row in the file that ``data.particles`` names.
         group: (N,) int64, micrograph, or -1 where unknown.
+        held_out: (N,) bool, images that nothing may be trained on and no statistic be taken from.
     """
 
     images: ImageReader
@@ -62,6 +63,7 @@ class ParticleTable:
     half_origin: str
     rows: np.ndarray
     group: np.ndarray
+    held_out: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,6 +127,7 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
         half_origin=half_origin,
         rows=rows,
         group=listing.group[rows],
+        held_out=hold_out(listing, rows, half, config.holdout, seed),
     )
 
 

@@ -128,6 +128,13 @@ class Reconstruction(nn.Module):
         filters = self._filters(batch)
         return spectra if filters is None else spectra * filters
 
+    def predict_by(self, batch: Batch, model: int) -> Tensor:
+        """CTF-modulated half-spectra (B, D, D//2+1) of the batch's particles under one model, whatever their half."""
+        shown_by = torch.full_like(batch.half, model)
+        images = self.mixture.project(batch.rotations, batch.shifts, shown_by, self.box, self.cutoff)
+        spectra, filters = _half_spectra(images), self._filters(batch)
+        return spectra if filters is None else spectra * filters
+
     def project(self, batch: Batch) -> Tensor:
         """Projections (views, B, D, D) without CTF: row 0 of the full model, row 1 of each particle's own half."""
         shown_by = [torch.zeros_like(batch.half)] + ([1 + batch.half] if self.mixture.models > 1 else [])

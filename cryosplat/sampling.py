@@ -18,21 +18,29 @@ class BatchPlan:
         half: (N,) half set of every particle, 0 or 1.
         batch: particles a batch, over all ranks; the batches of an epoch differ by one at most.
         seed: of the run.
+        held_out: (N,) bool, particles that are in no batch; ranks own and hold their share of them all the same.
+
+    Attributes:
+        particles: how many are in the batches of an epoch.
 
     >>> plan = BatchPlan(np.arange(100) % 2, batch=32, seed=0)
     >>> [len(ids) for ids in plan.epoch(0)]
     [25, 25, 25, 25]
     """
 
-    def __init__(self, half: np.ndarray, batch: int, seed: int):
+    def __init__(self, half: np.ndarray, batch: int, seed: int, held_out: np.ndarray | None = None):
         self.half = np.asarray(half)
+        self.held_out = np.zeros(len(self.half), dtype=bool) if held_out is None else np.asarray(held_out)
         self.seed = seed
-        self.particles = len(self.half)
+        self.particles = int((~self.held_out).sum())
         self.batches = max(1, -(-self.particles // batch))
-        self.shard = _deal(self.half, seed)
+        self.shard = np.empty(len(self.half), dtype=np.int64)
+        for part in (~self.held_out, self.held_out):  # each dealt evenly
+            self.shard[part] = _deal(self.half[part], seed)
         # Members of every shard by half; their order within an epoch is drawn from these.
+        trained = [~self.held_out & (self.half == h) for h in (0, 1)]
         self._members = [
-            [np.flatnonzero((self.shard == s) & (self.half == h)) for h in (0, 1)] for s in range(VIRTUAL_SHARDS)
+            [np.flatnonzero((self.shard == s) & trained[h]) for h in (0, 1)] for s in range(VIRTUAL_SHARDS)
         ]
 
     def owner(self, ranks: int) -> np.ndarray:
@@ -40,7 +48,7 @@ class BatchPlan:
         return self.shard % ranks
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """Particle ids of each batch of an epoch; every particle comes once."""
+        """Particle ids of each batch of an epoch; every particle that is not held out comes once."""
         ids, place, shard = [], [], []
         for s, members in enumerate(self._members):
             rng = np.random.default_rng([self.seed, epoch, s])

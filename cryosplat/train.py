@@ -15,10 +15,12 @@ from omegaconf import OmegaConf
 
 from cryosplat import checkpoint, distributed
 from cryosplat.config import Config, check_files, load_config, save_config
-from cryosplat.dataset import ParticleDataset, noise_weights
+from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.errors import InputError, PeerError
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
+from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.gaussians import GaussianMixture
+from cryosplat.holdout import HoldOut
 from cryosplat.metrics import read_metrics
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.outputs import write_run_outputs
@@ -34,6 +36,8 @@ logger = logging.getLogger("cryosplat.train")  # __name__ is __main__ under pyth
 NARROWEST_PX = 0.5
 """Least standard deviation of a Gaussian. Images and maps are samples at pixel centres, and the sum over pixels of a
 narrower one depends on where between them it lies (docs/physics.md): by 3 % at 0.5 px, several times at 0.25 px."""
+
+_NULLS = {"noise": "pixels", "phases": "phases beyond data.null_shell_a"}
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -65,7 +69,7 @@ class Run:
         self.before = run.state["seconds"] if run.state else {"wall": 0.0, "cpu": 0.0, "training": 0.0}
         self.images_trained, self.training_seconds = 0, 0.0
         table = distributed.together(self._read_table, world)
-        plan = BatchPlan(table.half, config.train.batch, config.train.seed)
+        plan = BatchPlan(table.half, config.train.batch, config.train.seed, table.held_out)
         dataset = distributed.together(lambda: self._read_images(table, plan), world)
         weights = self._share_statistics(dataset)
         self.comparison = distributed.together(
@@ -73,6 +77,9 @@ class Run:
         )
         self.trainer = Trainer(world, table, dataset, plan, self._reconstruction(dataset, weights), config.train)
         self._start_or_resume()
+        # After the grey scale was set: the null's mixtures then move as those of the real images do.
+        distributed.together(lambda: self._make_null(dataset), world)
+        self.holdout = HoldOut(plan, dataset, self.noise, world, config.train.seed) if plan.held_out.any() else None
         if not run.resumed:
             distributed.together(lambda: begin_run(config, run) if world.is_main else None, world)
 
@@ -112,12 +119,26 @@ class Run:
     def _share_statistics(self, dataset: ParticleDataset) -> torch.Tensor | None:
         """Noise levels and spectra of all ranks' particles; the weights, if asked for."""
         mine = dataset.statistics
+        numbers = distributed.sum_over_ranks(torch.from_numpy(mine.fingerprint), self.world).numpy()
+        self.same = same_images(numbers)
+        self.shared_images = images_in_both_halves(self.same, dataset.half)
+        if self.shared_images and self.world.is_main:
+            logger.warning(
+                "%d images have copies in both halves: the half maps are not independent", self.shared_images
+            )
         # Every particle's level comes from its one owner, so the sum is exact.
         dataset.normalise(distributed.sum_over_ranks(torch.from_numpy(mine.deviation), self.world).numpy())
         power, count = (
             distributed.sum_over_ranks(torch.from_numpy(s), self.world).numpy() for s in (mine.power, mine.count)
         )
+        self.noise = radial_noise(power, count)
         return noise_weights(power, count, dataset.box) if self.config.train.whiten else None
+
+    def _make_null(self, dataset: ParticleDataset) -> None:
+        data = self.config.data
+        if data.null != "none":
+            dataset.make_null(data.null, data.null_seed, self.same, self.noise, data.null_shell_a)
+            logger.info("rank %d: null test: the images' %s are random", self.world.rank, _NULLS[data.null])
 
     def _reconstruction(self, dataset: ParticleDataset, weights: torch.Tensor | None) -> Reconstruction:
         model = self.config.model
@@ -145,6 +166,8 @@ class Run:
             problem = f"the run was trained on {state['particles']} particles, now there are {plan.particles}"
         elif not np.array_equal(state["half"].numpy(), plan.half):
             problem = "particles have moved from one half to the other since the run began; its half maps would be void"
+        elif "held_out" in state and not np.array_equal(state["held_out"].numpy(), plan.held_out):
+            problem = "other images are held out than when the run began"
         if problem:
             raise distributed.common_error(f"{folder}: {problem}; choose another run_dir", self.world)
         self.trainer.load_state(state["trainer"])
@@ -169,7 +192,13 @@ class Run:
             self._save(monitor)
 
     def _evaluate(self, monitor) -> Evaluation | None:
-        """Rank 0 alone; the others go on to the next epoch and wait for it in their first all-reduce."""
+        """Rank 0 alone; the others go on to the next epoch and wait for it in their first all-reduce.
+
+        Only held-out images are judged by all ranks, each by its own.
+        """
+        if self.holdout is not None:
+            gains = self.holdout.measure(self.trainer.reconstruction)
+            monitor.holdout(self.trainer.progress.step, self.trainer.progress.epoch, gains)
         if not self.world.is_main:
             return None
         trainer = self.trainer
@@ -201,6 +230,7 @@ class Run:
             "trainer": self.trainer.state(),
             "particles": self.trainer.plan.particles,
             "half": torch.from_numpy(self.trainer.plan.half),
+            "held_out": torch.from_numpy(self.trainer.plan.held_out),
             "config": OmegaConf.to_yaml(OmegaConf.structured(self.config)),
             "seconds": self._seconds(),
         }
@@ -220,6 +250,8 @@ class Run:
         summary = {
             **(evaluation.summary() if evaluation else {}),
             "particles": trainer.plan.particles,
+            "held_out": int(trainer.plan.held_out.sum()),
+            "images_in_both_halves": self.shared_images,
             "gaussians": trainer.reconstruction.mixture.gaussians,
             "box": trainer.reconstruction.box,
             "pixel_size_a": round(trainer.reconstruction.pixel_size_a, 6),  # what float32 files carry

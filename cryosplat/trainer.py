@@ -121,7 +121,7 @@ class Trainer:
         """Sums of ``fit_unit`` (3, M) over this rank's share of some particles of either half."""
         rng = np.random.default_rng([self.config.seed, 7])
         # Of either half, so that a small one is there too.
-        halves = [np.flatnonzero(self.plan.half == h) for h in (0, 1)]
+        halves = [np.flatnonzero((self.plan.half == h) & ~self.plan.held_out) for h in (0, 1)]
         chosen = np.sort(np.concatenate([rng.permutation(ids)[: SIGN_PARTICLES // 2] for ids in halves]))
         mine = chosen[self.mine[chosen]]
         sums = torch.zeros(3, self.reconstruction.mixture.models, dtype=torch.float64)

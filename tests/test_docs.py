@@ -35,6 +35,8 @@ LISTED = {
     "pip install -e .": "a download; the Makefile's own step",
     "sudo apt-get install g++ make python3-venv python3-dev": "changes the machine",
     "source .venv/bin/activate": "changes the shell; what follows here runs in that environment anyway",
+    "cryosplat validate runs/my": "trains six times over; tests/test_validation.py does it to smaller runs",
+    "cryosplat validate runs/my --tests phases,holdout --processes 8": "as above",
     "python -m pytest -q tests/test_ctf.py": "runs with all other tests",
     "tensorboard --logdir runs": "a server without an end",
     "tensorboard --logdir runs/my/tensorboard": "a server without an end",

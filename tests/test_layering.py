@@ -10,20 +10,20 @@ PACKAGE = ROOT / "cryosplat"
 
 LAYERS = (
     # Statements, formulas and tables that need nothing else of the package.
-    ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension"),
+    ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension", "fingerprints"),
     # Single files and single operations.
-    ("files", "unpickle", "images", "atoms", "ops", "symmetry"),
+    ("files", "unpickle", "images", "atoms", "ops", "symmetry", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
-    ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks"),
-    ("figures", "particles"),
-    ("fscsuite", "fscfigures"),
+    ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
+    ("figures", "fscsuite"),
+    ("fscfigures",),
     # What training is put together from.
-    ("dataset", "monitor", "outputs", "simulate", "postprocess"),
+    ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
     ("reconstruction", "inspection", "fsccommand"),
-    ("evaluation", "trainer"),
+    ("evaluation", "trainer", "holdout"),
     # What people call.
-    ("train",),
+    ("train", "validation"),
     ("cli",),
 )
 
