@@ -128,17 +128,17 @@ def guinier_figure(sharpened: Sharpened) -> Figure:
         ends = np.array([fit.from_a, fit.to_a]) ** -2.0
         label += f", fitted from {fit.from_a:.3g} to {fit.to_a:.3g} Å (R² {fit.r_squared:.3f})"
         axes.plot(ends, fit.intercept + fit.slope * ends, "o-", color=_COLOURS[4], markersize=4, label=label, zorder=4)
-    axes.axvline(cut_off, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes.axvline(cut_off, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         f"{sharpened.resolution_a:.3g} Å", (cut_off, 1), (0, 2), xycoords=("data", "axes fraction"),
-        textcoords="offset points", ha="center", va="bottom", fontsize=_TICK, color=_GREY,
+        textcoords="offset points", ha="center", va="bottom", fontsize=TICK, color=GREY,
     )  # fmt: skip
     low, high = np.nanmin(np.concatenate(seen)), np.nanmax(np.concatenate(seen))
     axes.set_ylim(low - 0.15 * (high - low), high + 0.1 * (high - low))
     axes.set_xlim(0, min(2 * cut_off, squares[-1]))
-    axes.set_xlabel("1/d² (1/Å²)", fontsize=_LABEL)
-    axes.set_ylabel("ln (mean amplitude of the shell)", fontsize=_LABEL)
-    axes.legend(fontsize=_TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
+    axes.set_xlabel("1/d² (1/Å²)", fontsize=LABEL)
+    axes.set_ylabel("ln (mean amplitude of the shell)", fontsize=LABEL)
+    axes.legend(fontsize=TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
     return figure
 
 
@@ -257,16 +257,16 @@ def panels_figure(panels: Sequence) -> Figure:
             single = "o" if len(panel.x) == 1 else None
             axes.plot(panel.x, values, linewidth=1.6, label=label, marker=single, **style)
         if panel.band is not None:
-            axes.fill_between(panel.x, -panel.band, panel.band, color=_GREY, alpha=0.2, linewidth=0)
+            axes.fill_between(panel.x, -panel.band, panel.band, color=GREY, alpha=0.2, linewidth=0)
             axes.set_ylim(-0.3, 1.03)
         if panel.mark is not None:
-            axes.axvline(panel.mark, color=_GREY, linewidth=0.8)
-        axes.set_title(panel.title, fontsize=_TITLE)
-        axes.set_xlabel(panel.x_label, fontsize=_LABEL)
-        axes.set_ylabel(panel.y_label, fontsize=_LABEL)
-        axes.tick_params(labelsize=_TICK)
+            axes.axvline(panel.mark, color=GREY, linewidth=0.8)
+        axes.set_title(panel.title, fontsize=TITLE)
+        axes.set_xlabel(panel.x_label, fontsize=LABEL)
+        axes.set_ylabel(panel.y_label, fontsize=LABEL)
+        axes.tick_params(labelsize=TICK)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=_TICK, frameon=False)
+        axes.legend(fontsize=TICK, frameon=False)
     for axes in places[len(panels) :]:
         axes.set_visible(False)
     return figure

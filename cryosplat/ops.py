@@ -99,9 +99,7 @@ def covariances(quaternions: Tensor, scales: Tensor) -> Tensor:
     return torch.ops.cryosplat.covariances(quaternions, scales)
 
 
-def insert(
-    values: Tensor, weights: Tensor, rotations: Tensor, shifts: Tensor, grid: Tensor, sums: Tensor
-) -> None:
+def insert(values: Tensor, weights: Tensor, rotations: Tensor, shifts: Tensor, grid: Tensor, sums: Tensor) -> None:
     """Add the half-spectra of images to Fourier grids, each along its slice, in place (back-projection).
 
     Args:
@@ -353,9 +351,7 @@ _covariances.register_autograd(_covariances_autograd, setup_context=_covariances
 
 
 @torch.library.custom_op("cryosplat::insert", mutates_args=("sums",), device_types="cpu")
-def _insert(
-    values: Tensor, weights: Tensor, rotations: Tensor, shifts: Tensor, grid: Tensor, sums: Tensor
-) -> None:
+def _insert(values: Tensor, weights: Tensor, rotations: Tensor, shifts: Tensor, grid: Tensor, sums: Tensor) -> None:
     inputs = [t.contiguous() for t in (torch.view_as_real(values.resolve_conj()), weights, rotations, shifts, grid)]
     shape = (sums.shape[0], values.shape[0], values.shape[1], sums.shape[1])
     _kernels(sums.dtype).insert(*shape, *_addresses(*inputs), sums.data_ptr(), torch.get_num_threads())
