@@ -17,6 +17,7 @@ from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS, RESOLUTION_THR
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
 from cryosplat.fsc import FscCurve, fsc, read_maps, resolution
+from cryosplat.masks import check_mask
 from cryosplat.sharpening import EDGE_SHELLS, Sharpened, check_resolution, sharpen
 from cryosplat.volumes import write_map
 
