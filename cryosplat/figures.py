@@ -34,8 +34,14 @@ _HALVES, _TRUTH = (RESOLUTION_THRESHOLD_HALF_MAPS,), (RESOLUTION_THRESHOLD_TRUTH
 
 # What a curve is called and where its resolution is read; any other keeps its name and is read at every threshold.
 _CURVES = {
-    "half_maps": ("half maps (naive)", _HALVES),
-    "truth": ("map to truth", _TRUTH),
+    "calibrated_map": ("delivered map to the truth, calibrated", _TRUTH),
+    "calibrated_half_a": ("mixture of half a to the truth, calibrated", _TRUTH),
+    "calibrated_half_b": ("mixture of half b to the truth, calibrated", _TRUTH),
+    "linear_half_maps": ("linear half maps", _HALVES),
+    "half_maps": ("half maps of mixtures (naive)", _HALVES),
+    "truth": ("delivered map to the known truth", _TRUTH),
+    "mixture_truth": ("mixture to the known truth", _TRUTH),
+    "linear_truth": ("linear map to the known truth", _TRUTH),
     "fsc": ("the two maps", None),
     "unmasked": ("no mask", _HALVES),
     "sphere": ("sphere", _HALVES),
