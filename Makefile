@@ -5,6 +5,7 @@
 # make clean   remove what was compiled; .venv and runs/ stay
 #
 # PYTHON=python3.12 chooses the interpreter, 3.10 or newer. pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL) hold.
+# Where nvcc is found the core gets its CUDA half too: CRYOSPLAT_CUDA_ARCH=90 for one architecture, =off without.
 # On a machine without an NVIDIA GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves a download of 3 GB.
 
 PYTHON ?= python3
@@ -47,7 +48,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # Compiles only what has changed since the installation.
-$(BUILT): $(INSTALLED) setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+$(BUILT): $(INSTALLED) setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 

@@ -4,16 +4,23 @@ The core knows nothing of PyTorch (Python passes it raw pointers), so pip's buil
 only, and one binary serves every torch version. It serves every x86-64 node of a cluster too: the kernels are compiled
 once per instruction set and chosen at run time, never with -march=native.
 
-CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured. Objects stay in build/, one folder per Python, so a second build
-compiles only what changed; ninja takes header dependencies from the compiler.
+Where nvcc is found, the CUDA half is compiled too, for the architectures that CRYOSPLAT_CUDA_ARCH names ("90", or
+several: "80,90") or, without it, for those of ARCHITECTURES that this nvcc knows; CRYOSPLAT_CUDA_ARCH=off leaves it
+out. The CUDA runtime is linked statically and looks for a driver at its first call, so the file loads where there is
+none.
+
+CXX, CXXFLAGS, LDFLAGS, CUDA_HOME and MAX_JOBS are honoured. Objects stay in build/, one folder per Python, so a second
+build compiles only what changed; ninja takes header dependencies from the compiler.
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,26 +40,108 @@ INSTRUCTION_SETS = {
     "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512".split(),
 }
 
+# NaN and infinity as above: no --use_fast_math. Registers and spills of every kernel go to the log beside the object.
+CUDA_FLAGS = (
+    "-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings "
+    "-Wno-deprecated-gpu-targets -Xptxas -v --threads 2"
+).split()
+
+# Volta (up to CUDA 12), Turing, A100, RTX 30, RTX 40 and L40, H100 and H200, B200, RTX 50. A device between two of them
+# runs the code of the one below with the same first digits; one above them compiles the PTX of the last when it loads.
+ARCHITECTURES = ("70", "75", "80", "86", "89", "90", "100", "120")
+
+CUDA_HOME = "/usr/local/cuda"  # where NVIDIA's installers put it
+
 BINDINGS = "csrc/bindings.cpp"
 DISPATCH = "csrc/cpu/dispatch.cpp"
 KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
+CUDA_KERNELS = "csrc/cuda/insert.cu"
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What the CUDA half is compiled with."""
+
+    nvcc: str
+    architectures: tuple[str, ...]
+    libraries: tuple[str, ...]  # of the linker: the static runtime and what it needs
+
+    def flags(self) -> list[str]:
+        *others, last = self.architectures
+        codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in others]
+        return [*codes, f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"]
 
 
 def is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
-def compile_units() -> list[tuple[str, str, list[str]]]:
-    """(source, object, flags of its own) of everything that is linked."""
+def compile_units(cuda: Cuda | None) -> list[tuple[str, str, str, list[str]]]:
+    """(rule, source, object, flags of its own) of everything that is linked."""
     sets = INSTRUCTION_SETS if is_x86() else {"baseline": []}
+    # Only the bindings see Python, whose headers lie elsewhere in every one of pip's build environments.
+    bindings = [f"-I{folder}" for folder in find_includes()]
+    if cuda:
+        bindings.append(f'-DCRYOSPLAT_CUDA_ARCHITECTURES="{" ".join(cuda.architectures)}"')
     units = [
-        # Only this one sees Python, whose headers lie elsewhere in every one of pip's build environments.
-        (BINDINGS, "bindings.o", [f"-I{folder}" for folder in find_includes()]),
-        (DISPATCH, "dispatch.o", [] if is_x86() else ["-DCRYOSPLAT_ONLY_BASELINE"]),
+        ("compile", BINDINGS, "bindings.o", bindings),
+        ("compile", DISPATCH, "dispatch.o", [] if is_x86() else ["-DCRYOSPLAT_ONLY_BASELINE"]),
     ]
-    units += [(KERNELS, f"kernels.{name}.o", [f"-DCRYOSPLAT_ISA={name}", *flags]) for name, flags in sets.items()]
-    # The CUDA half (csrc/cuda/*.cu, where nvcc is found) joins here: its objects in this list, its rule in write_ninja.
+    for name, flags in sets.items():
+        units.append(("compile", KERNELS, f"kernels.{name}.o", [f"-DCRYOSPLAT_ISA={name}", *flags]))
+    if cuda:
+        units.append(("compile_cuda", CUDA_KERNELS, "insert.cuda.o", cuda.flags()))
     return units
+
+
+def find_cuda() -> Cuda | None:
+    wanted = os.environ.get("CRYOSPLAT_CUDA_ARCH", "").strip()
+    if wanted == "off":
+        return None
+    homes = (os.environ.get("CUDA_HOME"), None, CUDA_HOME)
+    nvcc = next(filter(None, (shutil.which("nvcc", path=home and str(Path(home, "bin"))) for home in homes)), None)
+    if nvcc is None:
+        where = "no nvcc in CUDA_HOME, PATH or /usr/local/cuda"
+        if wanted:
+            raise PlatformError(
+                f"CRYOSPLAT_CUDA_ARCH={wanted}, but there is {where}; CRYOSPLAT_CUDA_ARCH=off needs none"
+            )
+        print(f"cryosplat: {where}, so this build is for CPUs only", flush=True)
+        return None
+    return Cuda(nvcc, choose_architectures(nvcc, wanted), find_cuda_libraries(nvcc))
+
+
+def choose_architectures(nvcc: str, wanted: str) -> tuple[str, ...]:
+    known = re.findall(r"sm_(\w+)", ask_nvcc(nvcc, "--list-gpu-code"))
+    names = wanted.replace(".", "").replace(",", " ").replace(";", " ").split()
+    if strange := [name for name in names if name not in known]:
+        raise PlatformError(
+            f"CRYOSPLAT_CUDA_ARCH names {', '.join(strange)}, which {nvcc} does not know. It knows {', '.join(known)}; "
+            "name some of these, or off for a build without CUDA"
+        )
+    chosen = {name for name in names or ARCHITECTURES if name in known}
+    if not chosen:
+        raise PlatformError(
+            f"{nvcc} knows none of {', '.join(ARCHITECTURES)}; CRYOSPLAT_CUDA_ARCH=off builds without CUDA"
+        )
+    return tuple(sorted(chosen, key=lambda name: (int(re.sub(r"\D", "", name)), name)))
+
+
+def find_cuda_libraries(nvcc: str) -> tuple[str, ...]:
+    """nvcc knows where its libraries are; it may be a wrapper, far from them."""
+    plan = ask_nvcc(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull)
+    found = re.search(r"^#\$ LIBRARIES=(.*)$", plan, re.MULTILINE)
+    folders = [word for word in shlex.split(found[1] if found else "") if not word.endswith("/stubs")]
+    return (*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread")
+
+
+def ask_nvcc(nvcc: str, *arguments: str) -> str:
+    done = subprocess.run([nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise PlatformError(
+            f"{nvcc} {' '.join(arguments)} fails; CRYOSPLAT_CUDA_ARCH=off builds without CUDA. It says:\n{done.stdout}"
+        )
+    return done.stdout
 
 
 def find_compiler() -> list[str]:
@@ -108,27 +197,43 @@ def ninja_path(path: Path) -> str:
     return "".join(f"${letter}" if letter in "$ :" else letter for letter in str(path))
 
 
-def write_ninja(folder: Path, library: Path) -> Path:
+RULES = """
+rule compile
+  command = $cxx $flags $own -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+rule compile_cuda
+  command = $nvcc $cuda_flags $own -MMD -MF $out.d -c $in -o $out >$out.log 2>&1 || { cat $out.log; false; }
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+rule link
+  command = $cxx -o $out $in $link
+  description = link $out
+"""
+
+
+def write_ninja(folder: Path, library: Path, cuda: Cuda | None) -> Path:
     root = Path(__file__).resolve().parent
+    compiler = find_compiler()
     user_flags, user_link = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
     flags = [*user_flags, *COMMON_FLAGS, f"-I{root / 'csrc'}"]
+    link = ["-shared", "-fopenmp", *user_link, *(cuda.libraries if cuda else ())]
+    # Of "ccache g++ -m64" the compiler is g++; nvcc takes no more than that.
+    host = next(word for word in reversed(compiler) if not word.startswith("-"))
     lines = [
-        f"cxx = {ninja_words(find_compiler())}",
+        f"cxx = {ninja_words(compiler)}",
         f"flags = {ninja_words(flags)}",
-        f"link = {ninja_words(['-shared', '-fopenmp', *user_link])}",
-        "rule compile",
-        "  command = $cxx $flags $own -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule link",
-        "  command = $cxx -o $out $in $link",
-        "  description = link $out",
+        f"link = {ninja_words(link)}",
+        f"nvcc = {ninja_words([cuda.nvcc] if cuda else [])}",
+        f"cuda_flags = {ninja_words([*CUDA_FLAGS, '-ccbin', host])}",
+        RULES,
     ]
     objects = []
-    for source, name, own in compile_units():
+    for rule, source, name, own in compile_units(cuda):
         objects.append(ninja_path(folder / name))
-        lines.append(f"build {objects[-1]}: compile {ninja_path(root / source)}")
+        lines.append(f"build {objects[-1]}: {rule} {ninja_path(root / source)}")
         lines.append(f"  own = {ninja_words(own)}")
     lines.append(f"build {ninja_path(library)}: link {' '.join(objects)}")
     file = folder / "build.ninja"
@@ -143,17 +248,21 @@ class NinjaBuild(build_ext):
         folder = Path(__file__).resolve().parent / "build" / f"core{suffix.removesuffix('.so')}"
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / f"_C{suffix}"
-        command = [find_ninja(), "-f", str(write_ninja(folder, library))]
+        cuda = find_cuda()
+        command = [find_ninja(), "-f", str(write_ninja(folder, library, cuda))]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         if subprocess.run(command, cwd=folder).returncode:
-            raise CompileError("the compiled core of cryosplat did not build; the compiler's messages are above")
+            without = "; CRYOSPLAT_CUDA_ARCH=off leaves the CUDA half out" if cuda else ""
+            raise CompileError(
+                f"the compiled core of cryosplat did not build; the compiler's messages are above{without}"
+            )
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, target)
 
 
 setup(
-    ext_modules=[Extension("cryosplat._C", [BINDINGS, DISPATCH, KERNELS])],
+    ext_modules=[Extension("cryosplat._C", [BINDINGS, DISPATCH, KERNELS, CUDA_KERNELS])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -99,6 +99,13 @@ def _fsc(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=fsc.run)
 
 
+def _postprocess(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import postprocess
+
+    postprocess.add_arguments(parser)
+    parser.set_defaults(run=postprocess.run)
+
+
 def _voxelise(parser: argparse.ArgumentParser) -> None:
     from cryosplat import inspection
 
@@ -137,6 +144,7 @@ _COMMANDS = {
     "simulate": ("make a particle stack with known truth", _simulate),
     "voxelise": ("map of a Gaussian mixture", _voxelise),
     "fsc": ("Fourier shell correlation of two maps", _fsc),
+    "postprocess": ("sharpen a map", _postprocess),
     "info": ("what a run directory, mixture, map or stack holds", _info),
 }
 

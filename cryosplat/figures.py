@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS, RESOLUTION_THRESHOLD_TRUTH, centre
 from cryosplat.files import atomic_path
 from cryosplat.fsc import FscCurve, resolution
+from cryosplat.sharpening import Sharpened
 
 PAPER_DPI = 200
 SCREEN_DPI = 100
@@ -35,6 +36,8 @@ _CURVES = {
     "truth": ("map to truth", (RESOLUTION_THRESHOLD_TRUTH,)),
     "fsc": ("the two maps", None),
 }
+
+_GUINIER = {"map": "map", "weighted": "weighted by its FSC", "sharpened": "sharpened, low-passed"}
 
 # Resolutions worth a tick, A.
 _TICKS_A = (200, 100, 50, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.75, 2.5, 2.25, 2, 1.75, 1.5, 1.25, 1)
@@ -78,6 +81,39 @@ def fsc_figure(
     axes.set_ylabel("Fourier shell correlation", fontsize=_LABEL)
     legend = axes.legend(fontsize=_TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
     legend.set_zorder(2)
+    return figure
+
+
+def guinier_figure(sharpened: Sharpened) -> Figure:
+    """ln(amplitude) against 1/d^2 before and after sharpening, with the line that was fitted over its range."""
+    figure, axes = _figure(6.0, 3.9)
+    box, cut_off = len(sharpened.volume), sharpened.resolution_a**-2.0
+    squares = (np.arange(1, box // 2 + 1) / (box * sharpened.pixel_size_a)) ** 2
+    seen = []
+    for name, values in sharpened.amplitudes.items():
+        number = list(_GUINIER).index(name)
+        logarithms = np.log(values[1:], out=np.full(len(squares), np.nan), where=values[1:] > 0)
+        style = {"color": _COLOURS[number], "linestyle": _DASHES[number], "linewidth": 1.8}
+        axes.plot(squares, logarithms, label=_GUINIER[name], zorder=3, **style)
+        seen.append(logarithms[squares <= cut_off])  # beyond it, weights and filter fall without a floor
+    fit, label = sharpened.fit, f"B = {sharpened.b_factor_a2:.1f} Å²"
+    if fit is None:
+        axes.plot([], [], " ", label=f"{label}, given")
+    else:
+        ends = np.array([fit.from_a, fit.to_a]) ** -2.0
+        label += f", fitted from {fit.from_a:.3g} to {fit.to_a:.3g} Å (R² {fit.r_squared:.3f})"
+        axes.plot(ends, fit.intercept + fit.slope * ends, "o-", color=_COLOURS[4], markersize=4, label=label, zorder=4)
+    axes.axvline(cut_off, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        f"{sharpened.resolution_a:.3g} Å", (cut_off, 1), (0, 2), xycoords=("data", "axes fraction"),
+        textcoords="offset points", ha="center", va="bottom", fontsize=_TICK, color=_GREY,
+    )  # fmt: skip
+    low, high = np.nanmin(np.concatenate(seen)), np.nanmax(np.concatenate(seen))
+    axes.set_ylim(low - 0.15 * (high - low), high + 0.1 * (high - low))
+    axes.set_xlim(0, min(2 * cut_off, squares[-1]))
+    axes.set_xlabel("1/d² (1/Å²)", fontsize=_LABEL)
+    axes.set_ylabel("ln (mean amplitude of the shell)", fontsize=_LABEL)
+    axes.legend(fontsize=_TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
     return figure
 
 

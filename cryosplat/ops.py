@@ -1,6 +1,6 @@
-"""The compiled kernels as differentiable PyTorch operators.
+"""The compiled kernels as PyTorch operators, differentiable but for insertion.
 
-``csrc/splat.h`` is the contract: symbols, units, formulas, the cut-off. Here
+``csrc/splat.h`` and ``csrc/insert.h`` are the contract: symbols, units, formulas, the cut-off. Here
 arguments are checked, outputs allocated and addresses passed; autograd and
 ``torch.compile`` see ordinary operators (``torch.ops.cryosplat``).
 """
@@ -8,7 +8,7 @@ arguments are checked, outputs allocated and addresses passed; autograd and
 import torch
 from torch import Tensor
 
-from cryosplat._extension import core
+from cryosplat._extension import HAS_CUDA_INSERT, core
 from cryosplat.errors import InputError
 
 
@@ -97,6 +97,45 @@ def covariances(quaternions: Tensor, scales: Tensor) -> Tensor:
         raise InputError(f"quaternions: expected shape (..., 4), got {tuple(quaternions.shape)}")
     _check("scales", scales, (*quaternions.shape[:-1], 3), quaternions.dtype, quaternions.device)
     return torch.ops.cryosplat.covariances(quaternions, scales)
+
+
+def insert(values: Tensor, weights: Tensor, rotations: Tensor, shifts: Tensor, grid: Tensor, sums: Tensor) -> None:
+    """Add the half-spectra of images to Fourier grids, each along its slice, in place (back-projection).
+
+    Args:
+        values: (V, D, D//2+1) complex64 or complex128, CTF times image transform over noise variance; D even.
+        weights: (V, D, D//2+1), CTF squared over noise variance.
+        rotations: (V, 3, 3) with x_image = R x_volume.
+        shifts: (V, 2) in pixels; the volume's origin is seen at ``D // 2 - shift``.
+        grid: (V,) int64, which of the K grids each view goes to.
+        sums: (K, P, P, P//2+1, 4), contiguous, P even and at least D: real and imaginary part of the numerator, the
+            denominator and the coverage, as csrc/insert.h says.
+
+    Raises:
+        InputError: a wrong shape, dtype or device, or a grid index out of range.
+
+    >>> sums = torch.zeros(1, 8, 8, 5, 4)
+    >>> image = torch.ones(1, 4, 3, dtype=torch.complex64), torch.ones(1, 4, 3)
+    >>> insert(*image, torch.eye(3)[None], torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), sums)
+    >>> sums[0, 0, 2, 2].tolist()  # z, y, x = 0, 2, 2 is kx = ky = 1
+    [1.0, 0.0, 1.0, 1.0]
+    """
+    if values.dtype not in (torch.complex64, torch.complex128) or values.dim() != 3 or values.shape[1] % 2:
+        raise InputError(f"values: expected complex (V, D, D//2+1), D even, got {values.dtype} {tuple(values.shape)}")
+    views, box = values.shape[:2]
+    real = values.dtype.to_real()
+    _check("values", values, (views, box, box // 2 + 1), values.dtype, values.device)
+    _check("weights", weights, tuple(values.shape), real, values.device)
+    _check("rotations", rotations, (views, 3, 3), real, values.device)
+    _check("shifts", shifts, (views, 2), real, values.device)
+    _check("grid", grid, (views,), torch.int64, values.device)
+    padded = sums.shape[1] if sums.dim() == 5 else -1
+    _check("sums", sums, (sums.shape[0], padded, padded, padded // 2 + 1, 4), real, values.device)
+    if padded % 2 or padded < box or not sums.is_contiguous():
+        raise InputError(f"sums: expected a contiguous grid of even side, at least {box}, got {tuple(sums.shape)}")
+    if views and grid.device.type == "cpu" and not (0 <= int(grid.min()) and int(grid.max()) < len(sums)):
+        raise InputError(f"grid: indices must lie in 0..{len(sums) - 1}, found {int(grid.min())}..{int(grid.max())}")
+    torch.ops.cryosplat.insert(values, weights, rotations, shifts, grid, sums)
 
 
 def _check_mixtures(means: Tensor, covariances: Tensor, amplitudes: Tensor, box: int, cutoff: float) -> tuple[int, int]:
@@ -309,3 +348,29 @@ def _covariances_autograd(ctx, grad_entries):
 
 
 _covariances.register_autograd(_covariances_autograd, setup_context=_covariances_setup)
+
+
+@torch.library.custom_op("cryosplat::insert", mutates_args=("sums",), device_types="cpu")
+def _insert(values: Tensor, weights: Tensor, rotations: Tensor, shifts: Tensor, grid: Tensor, sums: Tensor) -> None:
+    inputs = [t.contiguous() for t in (torch.view_as_real(values.resolve_conj()), weights, rotations, shifts, grid)]
+    shape = (sums.shape[0], values.shape[0], values.shape[1], sums.shape[1])
+    _kernels(sums.dtype).insert(*shape, *_addresses(*inputs), sums.data_ptr(), torch.get_num_threads())
+
+
+@_insert.register_fake
+def _(values, weights, rotations, shifts, grid, sums):
+    return None
+
+
+@_insert.register_kernel("cuda")
+def _(values, weights, rotations, shifts, grid, sums):
+    if not HAS_CUDA_INSERT:
+        raise InputError("insert: this build has no CUDA half; build it where there is nvcc, or use the CPU")
+    inputs = [t.contiguous() for t in (torch.view_as_real(values.resolve_conj()), weights, rotations, shifts, grid)]
+    shape = (sums.shape[0], values.shape[0], values.shape[1], sums.shape[1])
+    kernels = core.cuda.float32 if sums.dtype == torch.float32 else core.cuda.float64
+    # The core has a CUDA runtime of its own, which must be told the device.
+    with torch.cuda.device(sums.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        kernels.insert(*shape, *_addresses(*inputs), sums.data_ptr(), deterministic, stream)

@@ -35,8 +35,14 @@ def read_map(path: str | os.PathLike) -> tuple[np.ndarray, float]:
     return data, pixel_size
 
 
-def write_map(path: str | os.PathLike, volume: np.ndarray, pixel_size_a: float, overwrite: bool = False) -> None:
-    """Write a map, float32 (D, D, D) in [z, y, x] order, with its A/px, atomically.
+def write_map(
+    path: str | os.PathLike,
+    volume: np.ndarray,
+    pixel_size_a: float,
+    overwrite: bool = False,
+    label: str = "cryosplat",
+) -> None:
+    """Write a map, float32 (D, D, D) in [z, y, x] order, with its A/px and a label of up to 80 characters, atomically.
 
     The MRC origin fields stay zero: the molecule's origin is voxel D//2, as
     RELION and cryoDRGN have it, so maps superpose without any alignment.
@@ -46,4 +52,4 @@ def write_map(path: str | os.PathLike, volume: np.ndarray, pixel_size_a: float, 
             handle.set_data(np.ascontiguousarray(volume, dtype=np.float32))
             handle.voxel_size = pixel_size_a
             handle.update_header_stats()
-            handle.add_label("cryosplat")
+            handle.add_label(label)

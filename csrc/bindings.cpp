@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "insert.h"
 #include "splat.h"
@@ -114,6 +116,33 @@ void bind(py::module_& module) {
       NoGil());
 }
 
+#ifdef CRYOSPLAT_CUDA_ARCHITECTURES
+template <class Scalar>
+void bind_cuda(py::module_&& module) {
+  module.def(
+      "insert",
+      [](std::int64_t grids, std::int64_t views, std::int64_t box, std::int64_t padded, Address values, Address weights,
+         Address rotations, Address shifts, Address grid, Address accumulators, bool deterministic, Address stream) {
+        const char* message = cuda::insert<Scalar>(
+            {grids, views, box, padded},
+            {pointer<const Scalar>(values), pointer<const Scalar>(weights), pointer<const Scalar>(rotations),
+             pointer<const Scalar>(shifts), pointer<const std::int64_t>(grid)},
+            pointer<Scalar>(accumulators), deterministic, pointer<void>(stream));
+        if (message) throw std::runtime_error(std::string("insertion did not start on the GPU: ") + message);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_cuda_half(py::module_& module) {
+  module.attr("cuda_architectures") = CRYOSPLAT_CUDA_ARCHITECTURES;
+  py::module_ cuda = module.def_submodule("cuda", "kernels on NVIDIA GPUs");
+  bind_cuda<float>(cuda.def_submodule("float32", "kernels in single precision"));
+  bind_cuda<double>(cuda.def_submodule("float64", "kernels in double precision"));
+}
+#else
+void bind_cuda_half(py::module_& module) { module.attr("cuda_architectures") = ""; }
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -123,4 +152,5 @@ PYBIND11_MODULE(_C, module) {
   py::module_ doubled = module.def_submodule("float64", "kernels in double precision");
   bind<float>(single);
   bind<double>(doubled);
+  bind_cuda_half(module);
 }

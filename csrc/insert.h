@@ -14,11 +14,12 @@
 //
 //   n(q') += T(q', q) value[v, k] exp(+2 pi i k . (D/2 - t_v) / D)
 //   d(q') += T(q', q) weight[v, k]
-//   e(q') += T(q', q)^2 weight[v, k]
+//   g(q') += T(q', q), where weight[v, k] is not 0
 //
 // over all views and all k with kx^2 + ky^2 < (D/2)^2, kx >= 0, and of the column kx = 0 those with ky >= 0, so that a
 // coefficient and its Friedel mate count once. With value = c y / s^2 and weight = c^2 / s^2 (image transform y, CTF c,
-// noise variance s^2) n = d F + noise of variance e, F the volume's transform.
+// noise variance s^2) n = d F + noise, F the volume's transform. g, the coverage, is how many coefficients a voxel has
+// seen, whatever their CTF: it depends on poses alone.
 //
 // Grids are half-spectra too, as rfftn of a (P, P, P) volume has them, phases referring to the centre: axes [z, y, x]
 // with frequency f at index f, or f + P if negative, and 0 <= x <= P/2. A point with q_x < 0 is taken to its mate,
@@ -56,9 +57,22 @@ struct InsertInputs {
 
 namespace cpu {
 
-// accumulators: (K, P, P, P/2+1, 4), added to: n (real, imaginary), d, e.
+// accumulators: (K, P, P, P/2+1, 4), added to: n (real, imaginary), d, g.
 template <class Scalar>
 void insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar* accumulators, int threads);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The same on the GPU that is current, in `stream` (a cudaStream_t), without waiting and without memory of its own; all
+// addresses are the GPU's, that of accumulators divisible by 16. Returns null, or what the CUDA runtime has against the
+// launch. `deterministic`: the same bits on every run, for equal V; else additions race, and rounding with them.
+// Rotations must be rotations. One that is not finite, or far from a rotation, makes NaN of its grid's frequency zero
+// or of more of that grid; nothing is written elsewhere.
+template <class Scalar>
+const char* insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar* accumulators, bool deterministic,
+                   void* stream);
+
+}  // namespace cuda
 }  // namespace cryosplat

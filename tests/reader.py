@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SMALLER = {
     "--nproc-per-node 4": "--nproc-per-node 2",
+    "postprocess runs/my": "postprocess runs/my --fit-from 100",  # of 8 A/px
     "--box 128 --pixel-size 2 --images 5000": "--box 32 --pixel-size 8 --images 20",
 }
 """What is changed in commands, so that a test can wait for them."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,18 +11,22 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 from ninja import BIN_DIR
+from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parents[1]
+CUDA_SOURCE = ROOT / "csrc" / "cuda" / "insert.cu"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 X86 = os.uname().machine == "x86_64"
+NVCC = next(filter(None, (shutil.which("nvcc", path=path) for path in (None, "/usr/local/cuda/bin"))), None)
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc in PATH or /usr/local/cuda")
 
 
 def run(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     words = [str(word) for word in command]
-    return subprocess.run(
-        words, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+    environment = {**os.environ, "CRYOSPLAT_CUDA_ARCH": "off", **environment}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def copy_sources(to: Path) -> Path:
@@ -123,7 +128,146 @@ def test_a_wheel_holds_the_core_and_not_its_sources(tree, tmp_path):
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("cryosplat-*.whl"))).namelist()
     assert f"cryosplat/_C{SUFFIX}" in names and "cryosplat/_extension.py" in names
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".o", ".cu"))]
+
+
+@pytest.fixture(scope="module")
+def cuda_tree(tmp_path_factory) -> Path:
+    tree = copy_sources(tmp_path_factory.mktemp("a cuda tree"))
+    done = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, CRYOSPLAT_CUDA_ARCH="90,7.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stdout + done.stderr
+    return tree
+
+
+def in_core(tree: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
+    code = f"from cryosplat._extension import HAS_CUDA, HAS_CUDA_INSERT, core; {code}"
+    return run(sys.executable, "-S", "-c", code, cwd=tree, **environment)
+
+
+def test_without_cuda_the_core_says_so(tree):
+    done = in_core(tree, "print(repr(core.cuda_architectures), HAS_CUDA, HAS_CUDA_INSERT, hasattr(core, 'cuda'))")
+    assert done.stdout.split() == ["''", "False", "False", "False"], done.stderr
+
+
+@needs_nvcc
+def test_the_cuda_half_loads_and_answers_without_a_driver(cuda_tree):
+    done = in_core(cuda_tree, "print(core.cuda_architectures, HAS_CUDA_INSERT, core.cuda.float64.insert is not None)")
+    assert done.stdout.split() == ["75", "90", "True", "True"], done.stderr
+    # No views: nothing to launch, so no driver is asked for.
+    nothing = in_core(cuda_tree, "print(core.cuda.float32.insert(1, 0, 4, 4, 0, 0, 0, 0, 0, 0, True, 0))")
+    assert nothing.stdout.strip() == "None", nothing.stderr
+
+
+@needs_nvcc
+def test_a_launch_that_fails_says_why(cuda_tree):
+    code = "core.cuda.float32.insert(1, 1, 4, 4, 0, 0, 0, 0, 0, 0, True, 0)"
+    message = in_core(cuda_tree, code, CUDA_VISIBLE_DEVICES="").stderr
+    assert "RuntimeError: insertion did not start on the GPU: " in message
+    assert re.search("driver|device", message.splitlines()[-1])
+
+
+@needs_nvcc
+def test_the_cuda_runtime_is_within_and_exports_nothing(cuda_tree):
+    core = cuda_tree / "cryosplat" / f"_C{SUFFIX}"
+    assert "libcuda" not in run("readelf", "-d", core, cwd=cuda_tree).stdout
+    # PyTorch has a runtime of its own in the same process.
+    exported = run("nm", "-D", "--defined-only", core, cwd=cuda_tree).stdout
+    assert "PyInit__C" in exported and not re.search(r" [TB] _*cuda", exported)
+
+
+@needs_nvcc
+def test_every_kernel_is_there_for_every_architecture_and_its_registers_are_in_the_log(cuda_tree):
+    log = next((cuda_tree / "build").glob("core.*/insert.cuda.o.log")).read_text()
+    found = re.findall(r"entry function '\w*?(insert_(?:scatter|gather))I([df])E\w*' for 'sm_(\d+)'", log)
+    assert sorted(found) == sorted(
+        (kernel, scalar, architecture)
+        for kernel in ("insert_scatter", "insert_gather")
+        for scalar in "df"
+        for architecture in ("75", "90")
+    )
+    assert len(re.findall(r"Used \d+ registers", log)) == len(found)
+
+
+@needs_nvcc
+def test_vectors_are_added_in_one_instruction_where_there_is_one(tmp_path):
+    for architecture, wanted in (("80", False), ("90", True)):
+        to = tmp_path / f"{architecture}.ptx"
+        done = run(NVCC, "-std=c++17", "-ptx", f"-arch=compute_{architecture}", "-o", to, CUDA_SOURCE, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("red.relaxed.gpu.global.add.v4.f32" in to.read_text()) == wanted
+
+
+@needs_nvcc
+def test_a_changed_cuda_source_is_compiled_again_and_nothing_else(cuda_tree):
+    folder = next((cuda_tree / "build").glob("core.*"))
+    os.utime(cuda_tree / "csrc" / "cuda" / "launch.h")
+    ninja = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
+    planned = run(ninja, "-n", "-f", folder / "build.ninja", cwd=folder).stdout
+    assert "insert.cuda.o" in planned and "bindings.o" not in planned and "kernels" not in planned
+
+
+@needs_nvcc
+def test_an_error_in_a_cuda_source_shows_the_compilers_message(tmp_path):
+    tree = copy_sources(tmp_path)
+    for name in ("bindings.cpp", "cpu/dispatch.cpp", "cpu/kernels.cpp"):
+        (tree / "csrc" / name).write_text("")
+    (tree / "csrc" / "cuda" / "insert.cu").write_text("int unused() { int here; return 0; }\n")  # a warning is an error
+    done = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, CRYOSPLAT_CUDA_ARCH="90")
+    assert done.returncode != 0 and "here" in done.stdout and "CRYOSPLAT_CUDA_ARCH=off" in done.stderr
+
+
+FAKE_NVCC = """#!/bin/sh
+case "$1" in
+  --list-gpu-code) printf 'sm_70\\nsm_75\\nsm_80\\nsm_90\\nsm_90a\\n';;
+  --dryrun) echo '#$ TOP=/x'; echo '#$ LIBRARIES=  "-L/x/lib/stubs" "-L/x/a lib"';;
+esac
+"""
+
+
+@pytest.fixture
+def build_script(monkeypatch, tmp_path) -> dict:
+    """What setup.py defines, and an nvcc of CUDA 12 in CUDA_HOME."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    nvcc = tmp_path / "home" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(FAKE_NVCC)
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CRYOSPLAT_CUDA_ARCH", raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_an_older_toolkit_compiles_for_what_it_knows(build_script, tmp_path):
+    cuda = build_script["find_cuda"]()
+    assert cuda.nvcc == str(tmp_path / "home" / "bin" / "nvcc") and cuda.architectures == ("70", "75", "80", "90")
+    assert cuda.libraries[0] == "-L/x/a lib" and "-lcudart_static" in cuda.libraries
+    assert cuda.flags()[-1] == "-gencode=arch=compute_90,code=[sm_90,compute_90]" and len(cuda.flags()) == 4
+
+
+def test_architectures_can_be_named_and_switched_off(build_script, monkeypatch):
+    for wanted, found in [("90", ("90",)), ("8.0;70", ("70", "80")), ("90a, 75", ("75", "90a"))]:
+        monkeypatch.setenv("CRYOSPLAT_CUDA_ARCH", wanted)
+        assert build_script["find_cuda"]().architectures == found
+    monkeypatch.setenv("CRYOSPLAT_CUDA_ARCH", "off")
+    assert build_script["find_cuda"]() is None
+
+
+def test_an_architecture_that_nvcc_does_not_know_is_named(build_script, monkeypatch):
+    monkeypatch.setenv("CRYOSPLAT_CUDA_ARCH", "90,35")
+    with pytest.raises(PlatformError, match="names 35, which .* knows 70, 75, 80, 90, 90a"):
+        build_script["find_cuda"]()
+
+
+def test_without_nvcc_the_build_says_that_it_is_for_cpus(build_script, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME")
+    find_cuda = build_script["find_cuda"]
+    monkeypatch.setitem(find_cuda.__globals__, "CUDA_HOME", str(tmp_path / "none"))
+    assert find_cuda() is None and "for CPUs only" in capsys.readouterr().out
+    monkeypatch.setenv("CRYOSPLAT_CUDA_ARCH", "90")
+    with pytest.raises(PlatformError, match="CRYOSPLAT_CUDA_ARCH=90, but there is no nvcc"):
+        find_cuda()
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def test_help_names_the_commands_without_waiting_for_pytorch():
     check = f"try:\n {program}\nexcept SystemExit as ended:\n assert ended.code == 0 and 'torch' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment())
     assert ended.returncode == 0, ended.stderr
-    for name in ("train", "simulate", "voxelise", "fsc", "info"):
-        assert re.search(rf"^ +{name} ", ended.stdout, re.MULTILINE)
+    for name in ("train", "simulate", "voxelise", "fsc", "postprocess", "info"):
+        assert re.search(rf"^ +{name}\s", ended.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,7 @@ def test_help_names_the_commands_without_waiting_for_pytorch():
         "simulate": ("--model", "--map", "--snr", "--ctf", "--poses", "--images", "--out"),
         "voxelise": ("--box", "--pixel-size", "--output", "--model"),
         "fsc": ("--mask",),
+        "postprocess": ("--map", "--half1", "--mask", "--fsc", "--column", "--bfactor", "--fit-from", "--apply-mask"),
         "info": ("path",),
     }.items(),
 )

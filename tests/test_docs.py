@@ -187,6 +187,12 @@ def test_the_simulated_stack_has_the_files_that_are_said(desk):
     assert {path.name for path in (desk.folder / "simulated").iterdir()} == names(FORMATS, "## A simulated stack")
 
 
+def test_the_sharpened_map_has_the_files_and_the_record_the_keys_that_are_said(desk):
+    assert {path.name for path in (desk.folder / "sharpened").iterdir()} == names(FORMATS, "## A sharpened map")
+    record = json.loads((desk.folder / "sharpened/postprocess.json").read_text())
+    assert set(record) == names(FORMATS, "## postprocess.json")
+
+
 def test_every_key_of_the_summary_is_explained(desk):
     assert set(json.loads((desk.folder / "runs/my/summary.json").read_text())) == names(FORMATS, "## summary.json")
 

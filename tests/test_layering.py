@@ -12,12 +12,13 @@ LAYERS = (
     # Statements, formulas and tables that need nothing else of the package.
     ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension", "fingerprints"),
     # Single files and single operations.
-    ("files", "unpickle", "images", "atoms", "ops", "nulls"),
+    ("files", "unpickle", "images", "atoms", "ops", "symmetry", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
-    ("particles", "figures", "records"),
+    ("particles", "sharpening", "records"),
+    ("figures",),
     # What training is put together from.
-    ("dataset", "monitor", "outputs", "simulate", "verdicts"),
+    ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
     ("reconstruction", "inspection"),
     ("evaluation", "trainer", "holdout"),
     # What people call.

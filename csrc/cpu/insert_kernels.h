@@ -16,7 +16,7 @@ namespace CRYOSPLAT_ISA {
 // 1, 2, 4 and 8 MiB took 90, 61, 49 and 43 ns a coefficient (128 px, 256 views; benchmarks/cpu.md).
 constexpr std::int64_t slab_bytes = 8 << 20;
 
-// n (real, imaginary), d, e of two neighbours along x.
+// n (real, imaginary), d, g of two neighbours along x.
 template <class Scalar>
 using VoxelPair = typename VectorOf<Scalar, 8>::type;
 
@@ -48,7 +48,7 @@ inline Interval where(const Along& f, double bound, bool below, Interval in) {
   return in;
 }
 
-// A view's coefficients with the image's origin taken to the first pixel, ready to be spread: (value, weight, weight).
+// A view's coefficients with the image's origin taken to the first pixel, ready to be spread: (value, weight, 1).
 template <class Scalar>
 void centre_view(const InsertShape& shape, const InsertInputs<Scalar>& in, std::int64_t v, Scalar* to) {
   const std::int64_t box = shape.box, columns = box / 2 + 1;
@@ -69,7 +69,8 @@ void centre_view(const InsertShape& shape, const InsertInputs<Scalar>& in, std::
       const Scalar s = static_cast<Scalar>(phase[2 * x] * im + phase[2 * x + 1] * re);
       to[4 * i] = values[2 * i] * c - values[2 * i + 1] * s;
       to[4 * i + 1] = values[2 * i] * s + values[2 * i + 1] * c;
-      to[4 * i + 2] = to[4 * i + 3] = weights[i];
+      to[4 * i + 2] = weights[i];
+      to[4 * i + 3] = weights[i] != 0 ? Scalar(1) : Scalar(0);
     }
   }
 }
@@ -143,8 +144,8 @@ class Slab {
     const Scalar fx = static_cast<Scalar>(x - static_cast<double>(ix)), fy = static_cast<Scalar>(y - floor_y),
                  fz = static_cast<Scalar>(z - floor_z);
     const Scalar gx = 1 - fx, gy = 1 - fy, gz = 1 - fz;
-    const Scalar re = from[0], im = sign * from[1], w = from[2];
-    const VoxelPair<Scalar> pair = {re * gx, im * gx, w * gx, w * gx * gx, re * fx, im * fx, w * fx, w * fx * fx};
+    const Scalar re = from[0], im = sign * from[1], w = from[2], seen = from[3];
+    const VoxelPair<Scalar> pair = {re * gx, im * gx, w * gx, seen * gx, re * fx, im * fx, w * fx, seen * fx};
     Scalar* plane0 = grid_ + wrapped(iz) * shape_.padded * row_;
     Scalar* plane1 = grid_ + wrapped(iz + 1) * shape_.padded * row_;
     const std::int64_t at0 = wrapped(iy) * row_ + 4 * ix, at1 = wrapped(iy + 1) * row_ + 4 * ix;
@@ -155,10 +156,9 @@ class Slab {
   }
 
   static void add_pair(Scalar* to, const VoxelPair<Scalar>& pair, Scalar t) {
-    const VoxelPair<Scalar> by = {t, t, t, t * t, t, t, t, t * t};
     VoxelPair<Scalar> sum;  // wider than a register for some instruction sets, so copied, never passed by value
     std::memcpy(&sum, to, sizeof(sum));
-    sum += pair * by;
+    sum += pair * t;
     std::memcpy(to, &sum, sizeof(sum));
   }
 

@@ -1,0 +1,90 @@
+"""Point groups: the rotations under which a particle looks the same, in RELION's axes."""
+
+import re
+
+import numpy as np
+
+from cryosplat.errors import InputError
+
+LARGEST_FOLD = 99
+"""Largest n of C<n> and D<n>: RELION reads two digits."""
+
+ROUNDING = 1e-6
+"""Entries nearer than this are the same rotation; the closest two of C99 are 0.06 apart."""
+
+_GOLDEN = (1 + 5**0.5) / 2
+
+# Two rotations (fold, axis) that generate each group. Any two that are not in a common smaller group would do; these
+# show how the group lies in the map, and agree with the operators that relion_refine --print_symmetry_ops prints.
+_GENERATORS = {
+    "T": ((3, (0, 0, 1)), (2, (0, 2**0.5, 1))),
+    "O": ((4, (0, 0, 1)), (4, (1, 0, 0))),
+    "I1": ((2, (0, 0, 1)), (5, (_GOLDEN, 0, 1))),
+    "I2": ((2, (0, 0, 1)), (5, (0, _GOLDEN, 1))),
+    "I3": ((5, (0, 0, 1)), (5, (2, 0, -1))),
+    "I4": ((5, (0, 0, 1)), (5, (2, 0, 1))),
+}
+
+
+def point_group(name: str) -> np.ndarray:
+    """The rotations of a point group.
+
+    Axes are RELION's, in the map's x, y, z; all go through voxel D // 2:
+
+    - C<n>, n = 1 to 99: n-fold about z. D<n>: n-fold about z and a two-fold about x.
+    - T: a three-fold about z and a two-fold in the plane x = 0, at atan(sqrt 2) = 54.7 degrees from +z towards +y.
+    - O: four-folds about x, y, z.
+    - I1, I2: two-folds about x, y, z. The five-folds next to z lie in the plane y = 0 for I1 and in x = 0 for I2.
+    - I3, I4: a five-fold about z; another at 63.4 degrees from +z towards -x for I3, towards +x for I4.
+    - I: I2, as RELION takes it.
+
+    A map V with the symmetry has V(S x) = V(x) for every S returned, where S acts as a matrix on the column x = (x, y,
+    z) from the centre. Then a particle with x_image = R x_volume looks the same in every view R S, since the projection
+    under R S is that of V(S^T R^T .) = V(R^T .). So a reconstruction is symmetrised by entering every particle K times,
+    with the rotations R S (S first, in the frame of the map; S R would turn the image instead) and its own shift. In
+    Fourier space its slice then goes to (R S)^T (kx, ky, 0) = S^T R^T (kx, ky, 0), and for evenly spread views the
+    result is the map averaged over its turned copies, (1/K) sum_S V(S x).
+
+    Args:
+        name: as above, in upper or lower case.
+
+    Returns:
+        float64 (K, 3, 3), the identity first; K is n for C<n>, 2n for D<n>, 12 for T, 24 for O, 60 for I. The rotations
+        are a group: products and transposes of members are members.
+
+    Raises:
+        InputError: another name.
+
+    >>> point_group("D7").shape, point_group("C2")[1].round(12).diagonal().tolist()
+    ((14, 3, 3), [-1.0, -1.0, 1.0])
+    """
+    generators = [_turn(fold, axis) for fold, axis in _generators(name)]
+    group = [np.eye(3)]
+    for member in group:  # which grows meanwhile, until all products are in it
+        for product in (member @ generator for generator in generators):
+            if np.abs(np.stack(group) - product).max((1, 2)).min() > ROUNDING:
+                group.append(product)
+    return np.stack(group)
+
+
+def _generators(name: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:
+    key = name.strip().upper()
+    axial = re.fullmatch(r"([CD])0*([1-9]\d*)", key)
+    if axial and int(axial[2]) <= LARGEST_FOLD:
+        about_z = (int(axial[2]), (0, 0, 1))
+        return (about_z,) if axial[1] == "C" else (about_z, (2, (1, 0, 0)))
+    key = "I2" if key == "I" else key
+    if key not in _GENERATORS:
+        raise InputError(
+            f"symmetry {name!r}: expected C<n> or D<n> with n from 1 to {LARGEST_FOLD} (C1: none), T, O, I, I1, I2, I3 "
+            "or I4 (I is I2)"
+        )
+    return _GENERATORS[key]
+
+
+def _turn(fold: int, axis: tuple[float, float, float]) -> np.ndarray:
+    """Rotation (3, 3) by 1 / fold of a turn about an axis of any length, by Rodrigues' formula."""
+    x, y, z = np.asarray(axis, dtype=np.float64) / np.linalg.norm(axis)
+    across = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    angle = 2 * np.pi / fold
+    return np.eye(3) + np.sin(angle) * across + (1 - np.cos(angle)) * across @ across
