@@ -92,11 +92,10 @@ def _simulate(parser: argparse.ArgumentParser) -> None:
 
 
 def _fsc(parser: argparse.ArgumentParser) -> None:
-    from cryosplat import fsc
+    from cryosplat import fsccommand
 
-    parser.description = fsc.__doc__
-    fsc.add_arguments(parser)
-    parser.set_defaults(run=fsc.run)
+    fsccommand.add_arguments(parser)
+    parser.set_defaults(run=fsccommand.run)
 
 
 def _postprocess(parser: argparse.ArgumentParser) -> None:
@@ -143,8 +142,8 @@ _COMMANDS = {
     "validate": ("say what a run's resolution is worth, by null tests", _validate),
     "simulate": ("make a particle stack with known truth", _simulate),
     "voxelise": ("map of a Gaussian mixture", _voxelise),
-    "fsc": ("Fourier shell correlation of two maps", _fsc),
     "postprocess": ("sharpen a map", _postprocess),
+    "fsc": ("resolution of two half maps, or of a map against a reference", _fsc),
     "info": ("what a run directory, mixture, map or stack holds", _info),
 }
 

@@ -25,16 +25,36 @@ SCREEN_DPI = 100
 # Okabe and Ito's colours, which people with any colour vision can tell apart; the dashes serve printers without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 _DASHES = ("-", (0, (6, 1.5)), (0, (2, 1.2)), "-.", ":")
-_TITLE, _LABEL, _TICK = 10.0, 9.5, 8.5  # pt
-_GREY = "0.45"
+TITLE, LABEL, TICK = 10.0, 9.5, 8.5  # pt
+GREY = "0.45"
 
 _LOSS_NAMES = {"loss_full": "full", "loss_half_a": "half a", "loss_half_b": "half b"}
 
+_HALVES, _TRUTH = (RESOLUTION_THRESHOLD_HALF_MAPS,), (RESOLUTION_THRESHOLD_TRUTH,)
+
 # What a curve is called and where its resolution is read; any other keeps its name and is read at every threshold.
 _CURVES = {
-    "half_maps": ("half maps (naive)", (RESOLUTION_THRESHOLD_HALF_MAPS,)),
-    "truth": ("map to truth", (RESOLUTION_THRESHOLD_TRUTH,)),
+    "half_maps": ("half maps (naive)", _HALVES),
+    "truth": ("map to truth", _TRUTH),
     "fsc": ("the two maps", None),
+    "unmasked": ("no mask", _HALVES),
+    "sphere": ("sphere", _HALVES),
+    "loose": ("loose mask", _HALVES),
+    "tight": ("tight mask", _HALVES),
+    "masked": ("mask", _HALVES),
+    "phase_randomised": ("phases randomised", ()),
+    "corrected": ("corrected", _HALVES),
+}
+
+# Colours of the curves that are drawn together, whichever of them there are: the one to read stands out.
+_STYLES = {
+    "unmasked": ("0.6", "-", 1.2),
+    "sphere": ("#E69F00", (0, (6, 1.5)), 1.2),
+    "loose": ("#009E73", "-.", 1.3),
+    "tight": ("#56B4E9", (0, (2, 1.2)), 1.8),
+    "masked": ("#56B4E9", (0, (2, 1.2)), 1.8),
+    "phase_randomised": ("#D55E00", ":", 1.5),
+    "corrected": ("#000000", "-", 1.8),
 }
 
 _GUINIER = {"map": "map", "weighted": "weighted by its FSC", "sharpened": "sharpened, low-passed"}
@@ -51,42 +71,47 @@ def fsc_figure(
     """FSC against spatial frequency, ticks in A, with the thresholds and where each curve crosses them.
 
     Args:
-        curves: by name, at least one, all of one grid; "half_maps" and "truth" are written out and read at their own
-            thresholds (0.143 and 0.5), others at every threshold.
+        curves: by name, at least one, all of one grid; the program's own names are written out and read at their own
+            thresholds (half maps at 0.143, truth at 0.5), others at every threshold. Of "corrected", one standard
+            error is shaded.
         thresholds: levels to draw.
     """
-    figure, axes = _figure(6.0, 3.9)
+    figure, axes = new_figure(6.0, 3.9)
     for threshold in thresholds:
-        axes.axhline(threshold, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axes.axhline(threshold, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
             f"{threshold:g}", (1, threshold), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-            va="center", fontsize=_TICK, color=_GREY,
+            va="center", fontsize=TICK, color=GREY,
         )  # fmt: skip
     for number, (name, curve) in enumerate(curves.items()):
         label, levels = _CURVES.get(name, (name.replace("_", " "), None))
         levels = [level for level in thresholds if levels is None or level in levels]
         crossings = [(level, resolution(curve, level)) for level in levels]
-        style = {"color": _COLOURS[number % len(_COLOURS)], "zorder": 3}
+        colour, dashes, width = _STYLES.get(name, (_COLOURS[number % 5], _DASHES[number % 5], 1.8))
         read = ", ".join(f"{_angstrom(crossing)} at {level:g}" for level, crossing in crossings)
+        if name == "corrected" and curve.error is not None:
+            low, high = (curve.fsc + sign * curve.error for sign in (-1, 1))
+            axes.fill_between(curve.frequency[1:], low[1:], high[1:], color=colour, alpha=0.2, linewidth=0, zorder=2)
         axes.plot(
-            curve.frequency[1:], curve.fsc[1:], linewidth=1.8, linestyle=_DASHES[number % len(_DASHES)],
-            label=f"{label}: {read}" if read else label, **style,
+            curve.frequency[1:], curve.fsc[1:], linewidth=width, linestyle=dashes, color=colour, zorder=3,
+            label=f"{label}: {read}" if read else label,
         )  # fmt: skip
         for level, crossing in crossings:
             if not crossing.limited_by_nyquist:
-                axes.plot(1 / crossing.angstrom, level, "o", markersize=5, markeredgecolor="white", **style)
-    _frequency_axis(axes, next(iter(curves.values())))
+                place = (1 / crossing.angstrom, level)
+                axes.plot(*place, "o", markersize=5, markeredgecolor="white", color=colour, zorder=3)
+    frequency_axis(axes, next(iter(curves.values())))
     lowest = min(float(curve.fsc[1:].min()) for curve in curves.values())
     axes.set_ylim(-1.03 if lowest < -0.15 else min(-0.03, lowest - 0.03), 1.03)
-    axes.set_ylabel("Fourier shell correlation", fontsize=_LABEL)
-    legend = axes.legend(fontsize=_TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
+    axes.set_ylabel("Fourier shell correlation", fontsize=LABEL)
+    legend = axes.legend(fontsize=TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
     legend.set_zorder(2)
     return figure
 
 
 def guinier_figure(sharpened: Sharpened) -> Figure:
     """ln(amplitude) against 1/d^2 before and after sharpening, with the line that was fitted over its range."""
-    figure, axes = _figure(6.0, 3.9)
+    figure, axes = new_figure(6.0, 3.9)
     box, cut_off = len(sharpened.volume), sharpened.resolution_a**-2.0
     squares = (np.arange(1, box // 2 + 1) / (box * sharpened.pixel_size_a)) ** 2
     seen = []
@@ -103,25 +128,26 @@ def guinier_figure(sharpened: Sharpened) -> Figure:
         ends = np.array([fit.from_a, fit.to_a]) ** -2.0
         label += f", fitted from {fit.from_a:.3g} to {fit.to_a:.3g} Å (R² {fit.r_squared:.3f})"
         axes.plot(ends, fit.intercept + fit.slope * ends, "o-", color=_COLOURS[4], markersize=4, label=label, zorder=4)
-    axes.axvline(cut_off, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes.axvline(cut_off, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         f"{sharpened.resolution_a:.3g} Å", (cut_off, 1), (0, 2), xycoords=("data", "axes fraction"),
-        textcoords="offset points", ha="center", va="bottom", fontsize=_TICK, color=_GREY,
+        textcoords="offset points", ha="center", va="bottom", fontsize=TICK, color=GREY,
     )  # fmt: skip
     low, high = np.nanmin(np.concatenate(seen)), np.nanmax(np.concatenate(seen))
     axes.set_ylim(low - 0.15 * (high - low), high + 0.1 * (high - low))
     axes.set_xlim(0, min(2 * cut_off, squares[-1]))
-    axes.set_xlabel("1/d² (1/Å²)", fontsize=_LABEL)
-    axes.set_ylabel("ln (mean amplitude of the shell)", fontsize=_LABEL)
-    axes.legend(fontsize=_TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
+    axes.set_xlabel("1/d² (1/Å²)", fontsize=LABEL)
+    axes.set_ylabel("ln (mean amplitude of the shell)", fontsize=LABEL)
+    axes.legend(fontsize=TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
     return figure
 
 
 def _angstrom(crossing) -> str:
-    return f"{crossing.angstrom:.2f} Å" + (" or better (Nyquist)" if crossing.limited_by_nyquist else "")
+    error = "" if crossing.error_a is None else f" ± {crossing.error_a:.2f}"
+    return f"{crossing.angstrom:.2f}{error} Å" + (" or better (Nyquist)" if crossing.limited_by_nyquist else "")
 
 
-def _frequency_axis(axes: Axes, curve: FscCurve) -> None:
+def frequency_axis(axes: Axes, curve: FscCurve) -> None:
     """Ticks at Nyquist and at round resolutions in A that have room, on an axis linear in 1/A."""
     last = float(curve.frequency[-1])
     room = _TICK_SPACING * last
@@ -132,7 +158,7 @@ def _frequency_axis(axes: Axes, curve: FscCurve) -> None:
     places = [*places[1:], last]
     axes.set_xlim(0, last * 1.005)
     axes.set_xticks(places, [f"1/{1 / place:.3g}" for place in places])
-    axes.set_xlabel("spatial frequency (1/Å)", fontsize=_LABEL)
+    axes.set_xlabel("spatial frequency (1/Å)", fontsize=LABEL)
 
 
 def sections_figure(volume: np.ndarray, pixel_size_a: float) -> Figure:
@@ -182,7 +208,7 @@ def particle_figure(
     }
     noisy = _limits(particle, residual)
     figure = _density_figure(images, pixel_size_a, [noisy, _limits(projection), noisy])
-    figure.suptitle(f"all low-passed to {cut_off_a:.3g} Å for the eye", fontsize=_LABEL, color=_GREY)
+    figure.suptitle(f"all low-passed to {cut_off_a:.3g} Å for the eye", fontsize=LABEL, color=GREY)
     return figure
 
 
@@ -193,7 +219,7 @@ def loss_figure(metrics: Mapping[str, np.ndarray]) -> Figure:
         metrics: columns of metrics.csv, as ``metrics.read_metrics`` gives them: "step" and "loss_<model>", NaN
             where a model has none.
     """
-    figure, axes = _figure(6.0, 3.4)
+    figure, axes = new_figure(6.0, 3.4)
     steps, drawn = metrics["step"], []
     for number, (column, label) in enumerate(_LOSS_NAMES.items()):
         values = metrics.get(column, np.empty(0))
@@ -210,9 +236,9 @@ def loss_figure(metrics: Mapping[str, np.ndarray]) -> Figure:
         low, high = np.percentile(np.concatenate(drawn), [0, 99])
         margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + margin)
-        axes.legend(fontsize=_TICK, frameon=False)
-    axes.set_xlabel("step", fontsize=_LABEL)
-    axes.set_ylabel("loss (mean squared error)", fontsize=_LABEL)
+        axes.legend(fontsize=TICK, frameon=False)
+    axes.set_xlabel("step", fontsize=LABEL)
+    axes.set_ylabel("loss (mean squared error)", fontsize=LABEL)
     axes.ticklabel_format(useOffset=False)
     return figure
 
@@ -231,16 +257,16 @@ def panels_figure(panels: Sequence) -> Figure:
             single = "o" if len(panel.x) == 1 else None
             axes.plot(panel.x, values, linewidth=1.6, label=label, marker=single, **style)
         if panel.band is not None:
-            axes.fill_between(panel.x, -panel.band, panel.band, color=_GREY, alpha=0.2, linewidth=0)
+            axes.fill_between(panel.x, -panel.band, panel.band, color=GREY, alpha=0.2, linewidth=0)
             axes.set_ylim(-0.3, 1.03)
         if panel.mark is not None:
-            axes.axvline(panel.mark, color=_GREY, linewidth=0.8)
-        axes.set_title(panel.title, fontsize=_TITLE)
-        axes.set_xlabel(panel.x_label, fontsize=_LABEL)
-        axes.set_ylabel(panel.y_label, fontsize=_LABEL)
-        axes.tick_params(labelsize=_TICK)
+            axes.axvline(panel.mark, color=GREY, linewidth=0.8)
+        axes.set_title(panel.title, fontsize=TITLE)
+        axes.set_xlabel(panel.x_label, fontsize=LABEL)
+        axes.set_ylabel(panel.y_label, fontsize=LABEL)
+        axes.tick_params(labelsize=TICK)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=_TICK, frameon=False)
+        axes.legend(fontsize=TICK, frameon=False)
     for axes in places[len(panels) :]:
         axes.set_visible(False)
     return figure
@@ -283,13 +309,13 @@ def save(figure: Figure, path: str | os.PathLike, overwrite: bool = False, dpi: 
         temporary.write_bytes(buffer.getvalue())
 
 
-def _figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
+def new_figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
     """An empty figure with one open pair of axes."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=_TICK)
+    axes.tick_params(labelsize=TICK)
     return figure, axes
 
 
@@ -304,9 +330,9 @@ def _density_figure(
     ):
         # "hanning" smooths small boxes and keeps large ones from aliasing, so that a figure does not depend on dpi.
         axes.imshow(image, cmap="gray", vmin=low, vmax=high, origin="lower", interpolation="hanning")
-        axes.set_title(title, fontsize=_TITLE)
-        axes.set_xlabel(f"{across} →", fontsize=_TICK, labelpad=2)
-        axes.set_ylabel(f"{up} →", fontsize=_TICK, labelpad=2)
+        axes.set_title(title, fontsize=TITLE)
+        axes.set_xlabel(f"{across} →", fontsize=TICK, labelpad=2)
+        axes.set_ylabel(f"{up} →", fontsize=TICK, labelpad=2)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
@@ -340,4 +366,4 @@ def _scale_bar(axes: Axes, box: int, pixel_size_a: float) -> None:
     axes.add_patch(Rectangle(*plate, color="black", alpha=0.6, linewidth=0))
     axes.add_patch(Rectangle((left, bottom), length, 0.018 * box, color="white", linewidth=0))
     place = {"ha": "center", "va": "bottom"}
-    axes.text(left + length / 2, bottom + 0.028 * box, f"{length_a:g} Å", color="white", fontsize=_TICK, **place)
+    axes.text(left + length / 2, bottom + 0.028 * box, f"{length_a:g} Å", color="white", fontsize=TICK, **place)

@@ -106,7 +106,7 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
     images, headers = _open_images(listing, rows, folders)
 
     poses_path, ctf_path = _path(root, config.poses), _path(root, config.ctf)
-    rotations, shifts = _load_poses(poses_path)
+    rotations, shifts = load_poses(poses_path)
     ctf = None if ctf_path is None else _load_ctf(ctf_path)
     _check_count(poses_path, "poses", rotations, listing, rows)
     if ctf is not None:
@@ -198,7 +198,7 @@ def _check_count(path: Path, what: str, values: np.ndarray, listing: Listing, ro
     raise InputError(message)
 
 
-def _load_poses(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def load_poses(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """cryoDRGN's poses.pkl: (rotations, shifts), or rotations alone, as arrays of the right shapes."""
     poses = read_pickle(path)
     if isinstance(poses, tuple | list) and len(poses) not in (1, 2):

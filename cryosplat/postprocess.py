@@ -16,7 +16,8 @@ from cryosplat import __version__, figures
 from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS, RESOLUTION_THRESHOLD_TRUTH
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
-from cryosplat.fsc import FscCurve, check_mask, fsc, read_maps, resolution
+from cryosplat.fsc import FscCurve, fsc, read_maps, resolution
+from cryosplat.masks import check_mask
 from cryosplat.sharpening import EDGE_SHELLS, Sharpened, check_resolution, sharpen
 from cryosplat.volumes import write_map
 

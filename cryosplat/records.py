@@ -66,5 +66,9 @@ def read_record(folder: Path) -> Record:
         raise InputError(f"{error.filename}: no such file; only a complete run with half maps can be judged") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{folder}: summary.json or fsc.csv is not as a run writes it ({error!r})") from error
-    curves = {name: FscCurve(np.array([1.0, *values]), box, pixel_size_a) for name, values in columns.items()}
+    curves = {
+        name: FscCurve(np.array([1.0, *values]), box, pixel_size_a)
+        for name, values in columns.items()
+        if not name.endswith("_error")
+    }
     return Record(folder, summary, curves)

@@ -203,6 +203,17 @@ def test_every_column_is_explained(desk):
         assert set(next(csv.reader(file))) == names(FORMATS, "## fsc.csv")
 
 
+def test_the_fsc_command_writes_the_files_and_curves_that_are_said(desk):
+    said = names(FORMATS, "## Files of cryosplat fsc")
+    curves = {name for name in said if "." not in name}
+    assert {path.name for path in (desk.folder / "fsc_halves").iterdir()} == said - curves
+    written = set()
+    for folder in ("fsc_halves", "fsc_mask"):
+        with open(desk.folder / folder / "fsc.csv", newline="") as file:
+            written |= set(next(csv.reader(file))[3:])
+    assert curves - {"phase_randomised"} <= written <= {f"{name}{tail}" for name in curves for tail in ("", "_error")}
+
+
 def test_the_files_of_gaussians_hold_what_is_said(desk):
     said = names(FORMATS, "## The Gaussians")
     arrays = np.load(desk.folder / "runs/my/gaussians.npz")

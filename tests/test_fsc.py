@@ -1,15 +1,25 @@
 """The FSC is what evaluate.py and the literature say it is, and bad input is refused by name."""
 
-import argparse
 import importlib.util
 import logging
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 
-from cryosplat import fsc as fsc_module
 from cryosplat.errors import InputError
-from cryosplat.fsc import FscCurve, Resolution, fsc, mean_fsc, read_maps, resolution, shell_index, soft_mask_from_map
+from cryosplat.fsc import (
+    FscCurve,
+    Resolution,
+    fsc,
+    masked_spectrum,
+    mean_fsc,
+    read_maps,
+    resolution,
+    shell_index,
+    shell_sums,
+    write_xml,
+)
 from cryosplat.images import logging_untouched
 from cryosplat.volumes import write_map
 
@@ -191,10 +201,6 @@ def test_bad_maps_and_masks_are_refused(map1, map2, mask, message):
         fsc(map1, map2, 1.0, mask)
 
 
-def test_a_mask_may_overshoot_by_rounding():
-    fsc_module.check_mask(np.full((8, 8, 8), 1 + 5e-5))
-
-
 def test_maps_of_another_pixel_size_are_refused_by_file_name(tmp_path):
     write_map(tmp_path / "a.mrc", blob(16), 2.0)
     write_map(tmp_path / "b.mrc", blob(16), 2.001)
@@ -205,76 +211,31 @@ def test_maps_of_another_pixel_size_are_refused_by_file_name(tmp_path):
         read_maps([tmp_path / "a.mrc", tmp_path / "c.mrc"])
 
 
-def test_a_mask_made_from_a_map_keeps_its_density_and_leaves_the_corners():
-    with logging_untouched():
-        pytest.importorskip("cryodrgn.masking")
-    volume = blob(32, 0.05).astype(np.float32)
-    mask = soft_mask_from_map(volume, 8.0)
-    assert mask.dtype == np.float32 and mask.min() == 0 and mask.max() == 1
-    assert (mask[volume > 0.5 * volume.max()] == 1).all()
-    assert mask[0, 0, 0] == 0 and ((mask > 0.1) & (mask < 0.9)).any()
-    with pytest.raises(InputError, match="inverted"):
-        soft_mask_from_map(-volume, 8.0)
+@pytest.mark.parametrize("box", [15, 16, 33])
+def test_sums_over_shells_are_those_of_the_full_spectrum(box):
+    map1, map2 = white(box, 1), white(box, 2)
+    full1, full2 = np.fft.fftn(map1), np.fft.fftn(map2)
+    f = np.fft.fftfreq(box, 1 / box)
+    shells = np.rint(np.sqrt(f[:, None, None] ** 2 + f[:, None] ** 2 + f**2)).astype(int)
+    expected = [
+        np.bincount(shells.ravel(), values.ravel())[: box // 2 + 1]
+        for values in ((full1 * full2.conj()).real, abs(full1) ** 2, abs(full2) ** 2)
+    ]
+    np.testing.assert_allclose(shell_sums(masked_spectrum(map1), masked_spectrum(map2)), expected, rtol=1e-9)
+    single = shell_sums(masked_spectrum(map1, dtype=np.float32), masked_spectrum(map2, dtype=np.float32))
+    np.testing.assert_allclose(single[1:], expected[1:], rtol=1e-5)
 
 
-def command(*words):
-    parser = argparse.ArgumentParser()
-    fsc_module.add_arguments(parser)
-    fsc_module.run(parser.parse_args([str(word) for word in words]))
+def test_a_mask_multiplies_the_map_before_its_transform():
+    volume, mask = white(16, 1), soft_ball(16)
+    np.testing.assert_allclose(masked_spectrum(volume, mask), np.fft.rfftn(volume * mask), atol=1e-9)
 
 
-@pytest.fixture
-def two_maps(tmp_path):
-    signal = blob(32, 0.03)
-    for name, seed in (("a.mrc", 1), ("b.mrc", 2)):
-        write_map(tmp_path / name, signal + 0.05 * white(32, seed), PIXEL_SIZE_A)
-    write_map(tmp_path / "mask.mrc", soft_ball(32), PIXEL_SIZE_A)
-    return tmp_path
-
-
-def test_the_command_prints_the_resolution_and_writes_what_it_printed(two_maps, capsys):
-    maps = two_maps / "a.mrc", two_maps / "b.mrc"
-    command(*maps, "--mask", two_maps / "mask.mrc", "--threshold", "0.3", "-o", two_maps / "out" / "here")
-    printed = capsys.readouterr().out
-    (map1, map2, mask), pixel_size = read_maps([*maps, two_maps / "mask.mrc"])
-    curve = fsc(map1, map2, pixel_size, mask)
-    for threshold in ("0.5", "0.3", "0.143"):
-        line = next(line for line in printed.splitlines() if f"FSC {threshold} " in line)
-        assert str(resolution(curve, float(threshold))) in line
-    assert f"{mean_fsc(curve):.4f}" in printed
-    table = np.genfromtxt(two_maps / "out" / "here" / "fsc.csv", delimiter=",", names=True)
-    assert table.dtype.names == ("shell", "resolution_a", "frequency_inv_a", "fsc")
-    np.testing.assert_array_equal(table["shell"], np.arange(1, 17))
-    np.testing.assert_allclose(table["fsc"], curve.fsc[1:], atol=1e-6)
-    np.testing.assert_allclose(table["resolution_a"], 32 * PIXEL_SIZE_A / np.arange(1, 17), rtol=1e-4)
-    np.testing.assert_allclose(table["frequency_inv_a"], curve.frequency[1:], atol=1e-6)
-    assert (two_maps / "out" / "here" / "fsc.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_command_replaces_nothing_and_writes_nothing_then(two_maps):
-    (two_maps / "fsc.png").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"fsc\.png exists already"):
-        command(two_maps / "a.mrc", two_maps / "b.mrc", "-o", two_maps)
-    assert (two_maps / "fsc.png").read_bytes() == b"mine"
-    assert not (two_maps / "fsc.csv").exists()
-
-
-def test_the_command_says_that_a_map_is_inverted(two_maps, capsys):
-    (volume,), pixel_size = read_maps([two_maps / "a.mrc"])
-    write_map(two_maps / "inverted.mrc", -volume, pixel_size)
-    command(two_maps / "inverted.mrc", two_maps / "b.mrc")
-    assert "inverted contrast" in capsys.readouterr().out
-
-
-def test_the_command_makes_a_mask_if_asked(two_maps, capsys):
-    with logging_untouched():
-        pytest.importorskip("cryodrgn.masking")
-    command(two_maps / "a.mrc", two_maps / "b.mrc", "--mask", "auto")
-    assert "mask auto" in capsys.readouterr().out
-
-
-def test_the_command_refuses_a_mask_that_is_a_map_and_a_threshold_beyond_one(two_maps):
-    with pytest.raises(InputError, match=r"b\.mrc: expected values from 0 to 1"):
-        command(two_maps / "a.mrc", two_maps / "b.mrc", "--mask", two_maps / "b.mrc")
-    with pytest.raises(InputError, match=r"--threshold 1\.43"):
-        command(two_maps / "a.mrc", two_maps / "b.mrc", "--threshold", "1.43")
+def test_the_deposited_curve_has_one_coordinate_a_shell(tmp_path):
+    curve = curve_of([1, 0.9, 0.5, 0.1], pixel_size_a=2.0)
+    write_xml(tmp_path / "fsc.xml", curve, "a & b")
+    root = ElementTree.parse(tmp_path / "fsc.xml").getroot()
+    assert root.tag == "fsc" and root.attrib["title"] == "a & b" and {"xaxis", "yaxis"} <= set(root.attrib)
+    assert [[child.tag for child in coordinate] for coordinate in root] == [["x", "y"]] * 3
+    found = [[float(child.text) for child in coordinate] for coordinate in root]
+    np.testing.assert_allclose(found, np.c_[curve.frequency, curve.fsc][1:], atol=1e-6)

@@ -13,13 +13,14 @@ LAYERS = (
     ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension", "fingerprints"),
     # Single files and single operations.
     ("files", "unpickle", "images", "atoms", "ops", "symmetry", "nulls"),
-    ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians"),
+    ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
-    ("particles", "sharpening", "records"),
-    ("figures",),
+    ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
+    ("figures", "fscsuite"),
+    ("fscfigures",),
     # What training is put together from.
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection"),
+    ("reconstruction", "inspection", "fsccommand"),
     ("evaluation", "trainer", "holdout"),
     # What people call.
     ("train", "validation"),
@@ -27,7 +28,6 @@ LAYERS = (
 )
 
 UPWARD = {
-    ("fsc", "figures"): "the fsc command draws its curve when asked to",
     ("train", "cli"): "python -m cryosplat.train reports errors as the cryosplat command does",
 }
 """Imports against the order, allowed inside a function only."""
@@ -35,9 +35,9 @@ UPWARD = {
 OWNERS = {
     "torch.distributed": {"distributed"},
     "torch.nn.parallel": {"distributed"},
-    "cryodrgn": {"particles", "images", "unpickle", "fsc"},
+    "cryodrgn": {"particles", "images", "unpickle"},
     "submitit": set(),
-    "matplotlib": {"figures"},
+    "matplotlib": {"figures", "fscfigures"},
     "gemmi": {"atoms"},
     "tensorboard": {"metrics", "monitor"},
     "torch.utils.tensorboard": {"metrics", "monitor"},
