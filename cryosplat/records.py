@@ -31,11 +31,10 @@ class Record:
 
     @property
     def claim(self) -> tuple[str, float] | None:
-        """The resolution the run claims, A, and its name: the calibrated one if there is one, else the naive one."""
-        for name, key in (("calibrated", "resolution_a"), ("naive", "resolution_naive_a")):
-            if self.summary.get(key) is not None:
-                return name, float(self.summary[key])
-        return None
+        """The resolution the run claims, A, and its name, "calibrated"; "naive" of a run that was not calibrated."""
+        name, key = ("calibrated", "resolution_a") if self.calibrated else ("naive", "resolution_naive_a")
+        value = self.summary.get(key)
+        return None if value is None else (name, float(value))
 
     @property
     def calibrated(self) -> bool:

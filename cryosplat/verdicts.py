@@ -35,8 +35,9 @@ their noise than by what they have in common."""
 FALL_LIMIT = 0.05
 """Share of its peak by which the held-out gain may fall while training goes on."""
 
-NULL_SHELL_LIMIT = 3
-"""Last shell that a calibrated resolution may reach on pure noise: shells of a few voxels correlate by chance."""
+NULL_SHELL_LIMIT = 4
+"""Last shell that a calibrated resolution may reach on pure noise: shells of a few voxels correlate by chance, and
+calibration does not ask the first ones whether they are above it."""
 
 SAME_MAP_FSC = 0.5
 """Least FSC of the maps of two seeds at the claimed resolution: below it more than half of that shell is chance."""

@@ -105,6 +105,13 @@ def test_a_naive_resolution_that_is_the_models_doing_fails_and_one_that_stands_p
     assert verdicts.judge_phases(run, null_of_phases(), angstrom(12), ERROR).verdict == PASS
 
 
+def test_a_run_that_was_calibrated_without_a_result_claims_nothing():
+    run = calibrated_run()
+    run.summary["resolution_a"] = None
+    assert run.claim is None
+    assert verdicts.judge_noise(run, noise_run(), ERROR).found[-1] == "INCONCLUSIVE: the run claims no resolution."
+
+
 def test_without_shells_beyond_the_null_nothing_is_judged():
     assert verdicts.judge_phases(calibrated_run(), null_of_phases(), angstrom(31), ERROR).verdict == INCONCLUSIVE
 
