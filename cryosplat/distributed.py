@@ -40,6 +40,9 @@ FIRST_PORT, PORTS = 12000, 8000
 """Ports drawn from the job's number: below 20000, where submitit's and Linux's own ranges begin."""
 
 
+PIECE = 1 << 24
+"""Numbers summed at a time over ranks, 64 MiB in float."""
+
 PEER_GONE = re.compile("Connection (closed|reset) by peer|Broken pipe")
 """How gloo says that the process at the other end is not there any more."""
 
@@ -324,6 +327,19 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def sum_to_main(values: Tensor, world: World) -> Tensor | None:
+    """The element-wise sum of every rank's ``values``, in place, on rank 0; None on the others, which may free theirs.
+
+    For what only rank 0 goes on with, and is large: Fourier grids. In pieces, so that no backend needs a buffer of the
+    whole.
+    """
+    if world.size == 1:
+        return values
+    for piece in values.view(-1).split(PIECE):
+        dist.reduce(piece, dst=0)
+    return values if world.is_main else None
 
 
 def gather_objects(item: Any, world: World) -> list[Any]:

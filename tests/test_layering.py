@@ -16,11 +16,13 @@ LAYERS = (
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
-    ("figures", "fscsuite"),
+    ("figures", "fscsuite", "sectors"),
     ("fscfigures",),
     # What training is put together from.
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "fsccommand"),
+    ("reconstruction", "inspection", "fsccommand", "backprojection"),
+    ("calibration",),
+    ("posterior",),
     ("evaluation", "trainer", "holdout"),
     # What people call.
     ("train", "validation"),

@@ -1,0 +1,203 @@
+"""Linear reconstruction: images inserted into Fourier space, and the half maps that come out, with no prior in them.
+
+Of every half set the sums n and d of csrc/insert.h are collected on a grid of twice the box, n = d F + noise, F the
+map's transform. n / d voxel by voxel would be the map, if a voxel with d near zero did not ruin it. So both are
+averaged over a Gaussian neighbourhood G of a voxel first, which in real space is a window g:
+
+    S n = (G * n) / (G * d),   in real space cropped to the box and divided by g times sinc^2 (the trilinear kernel's)
+
+S is exact where d is even; where it is not, d F averaged is not d averaged times F averaged. The error is taken out by
+one step of iterative refinement with the same S:
+
+    L = S n + S (n - d F[S n])
+
+L is linear in the images, unbiased to the second order, and has no Wiener term, no floor and no mask: what calibration
+and deposition need. Its noise per voxel has the variance below, up to a factor near 1 (measured in
+benchmarks/quality.md).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosplat import distributed, ops
+from cryosplat.ctf import ctf_image
+from cryosplat.dataset import ParticleDataset, shells_of_half_plane
+
+PADDING = 2
+"""Side of the Fourier grid over that of the box: trilinear interpolation needs a volume with room round it."""
+
+KERNEL_VOXELS = 1.0
+"""Standard deviation of G in voxels of the padded grid, half a Fourier pixel of the box. Of 0.6 to 1.6, 0.8 to 1.0 gave
+the best maps of noisy images, evenly and unevenly spread (benchmarks/quality.md); wider ones leave a bias."""
+
+TRILINEAR_VARIANCE = 1 / 6
+"""Variance of the trilinear kernel along an axis, voxels squared."""
+
+EMPTY_COVERAGE = (2 * math.pi * KERNEL_VOXELS**2) ** -1.5 * math.exp(-2.0 / KERNEL_VOXELS**2)
+"""Coverage averaged over G of a voxel whose only coefficient is two voxels away, one Fourier pixel of the box. With less
+it counts as empty."""
+
+EMPTY_WEIGHT = 1e-4
+"""A voxel with less than this fraction of the usual d for its coverage has only seen zeros of the CTF: empty too."""
+
+VIEWS_PER_INSERT = 256
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHalf:
+    """The linear reconstruction of one half set.
+
+    Attributes:
+        map: (D, D, D) float32, [z, y, x], in the units of a mixture's map.
+        variance: (D, D, D//2+1) float32, of the noise of the map's transform by voxel, up to a factor; infinite where
+            empty.
+    """
+
+    map: np.ndarray
+    variance: np.ndarray
+
+
+def noise_variance(radial: np.ndarray, box: int) -> Tensor:
+    """Noise variance (2, D, D//2+1) of coefficients, from radial noise power (2, S) of either half."""
+    shells = np.minimum(shells_of_half_plane(box), radial.shape[1] - 1)
+    return torch.from_numpy(radial[:, shells]).float()
+
+
+def back_project(
+    dataset: ParticleDataset,
+    ids: np.ndarray,
+    radial: np.ndarray,
+    world: distributed.World,
+    symmetry: np.ndarray | None = None,
+    halves: bool = True,
+) -> Tensor | None:
+    """Insert this rank's images, and add up those of all ranks.
+
+    Args:
+        dataset: this rank's, normalised.
+        ids: (n,) which of its particles.
+        radial: (2, S) radial noise power of either half, as ``dataset.radial_noise`` gives it.
+        symmetry: (K, 3, 3) operators S; a view R is inserted as R S for each of them. None: identity alone.
+        halves: a grid each for half a and half b; otherwise one for all.
+
+    Returns:
+        Sums (2 or 1, P, P, P//2+1, 4) on rank 0, None on the others; P is twice the box.
+    """
+    box, device = dataset.box, world.device
+    padded = PADDING * box
+    sums = torch.zeros(2 if halves else 1, padded, padded, padded // 2 + 1, 4, device=device)
+    weight = 1 / noise_variance(radial, box).to(device)
+    operators = torch.eye(3)[None] if symmetry is None else torch.from_numpy(symmetry).float()
+    for start in range(0, len(ids), VIEWS_PER_INSERT):
+        batch = dataset.batch(ids[start : start + VIEWS_PER_INSERT], device)
+        ctf = 1.0 if batch.ctf is None else ctf_image(batch.ctf, box, dataset.pixel_size_a)
+        filtered = ctf * weight[batch.half]
+        values, weights = batch.images * filtered, ctf * filtered
+        grid = batch.half if halves else torch.zeros_like(batch.half)
+        for operator in operators.to(device):
+            ops.insert(values, weights, batch.rotations @ operator, batch.shifts, grid, sums)
+    return distributed.sum_to_main(sums, world)
+
+
+def linear_half(sums: Tensor, box: int) -> LinearHalf:
+    """The map of one half from its sums (P, P, P//2+1, 4).
+
+    Arrays of the padded grid are the largest of a run: each is freed as soon as it is not needed.
+    """
+    grid = _Grid(box, sums.device)
+    # Every coefficient is spread by the trilinear kernel and then by G: a Gaussian of both variances, whose square is
+    # what noise adds up with. d has had the trilinear kernel already.
+    both = KERNEL_VOXELS**2 + TRILINEAR_VARIANCE
+    denominator = _hermitian(sums[..., 2])
+    in_space = grid.to_space(denominator)
+    noise = grid.average(in_space.clone(), math.sqrt(both / 2 - TRILINEAR_VARIANCE)).real[grid.of_box]
+    noise = noise * (4 * math.pi * both) ** -1.5
+    averaged = grid.average(in_space, KERNEL_VOXELS).real.contiguous()
+    covered = grid.average(grid.to_space(_hermitian(sums[..., 3])), KERNEL_VOXELS).real
+    inverse = torch.where(grid.is_seen(averaged, covered), averaged.reciprocal(), 0)
+    variance = torch.where(inverse[grid.of_box] > 0, noise * inverse[grid.of_box] ** 2, torch.inf)
+    del in_space, averaged, covered, noise
+    numerator = _hermitian(torch.complex(sums[..., 0], sums[..., 1]))
+    volume = grid.solve(numerator, inverse)
+    residual = numerator.sub_(grid.from_map(volume).mul_(denominator))
+    volume += grid.solve(residual, inverse)
+    return LinearHalf(volume.cpu().numpy(), variance.cpu().numpy())
+
+
+def _hermitian(grid: Tensor) -> Tensor:
+    """A grid (P, P, P//2+1) whose plane x = 0 has got what its voxels' mates have collected; a copy."""
+    plane = grid[:, :, 0]
+    mates = torch.roll(plane.flip(0, 1), (1, 1), (0, 1))
+    whole = grid.clone()
+    whole[:, :, 0] += mates.conj() if grid.is_complex() else mates
+    return whole
+
+
+class _Grid:
+    """Between a map (D, D, D) and its transform on the padded grid (P, P, P//2+1), phases referring to the centre."""
+
+    def __init__(self, box: int, device: torch.device):
+        self.box, self.padded = box, PADDING * box
+        frequency = torch.fft.fftfreq(self.padded, device=device)  # a position in FFT order, in units of P voxels
+        self._position = frequency
+        self._rows = (torch.arange(box, device=device) - box // 2) % self.padded
+        inside = frequency[self._rows]
+        self._window = self._gaussian(KERNEL_VOXELS)[self._rows] * torch.sinc(inside) ** 2
+        self._trilinear = torch.sinc(inside) ** 2
+
+    @property
+    def of_box(self) -> tuple[slice, ...]:
+        """Voxels of the padded grid that are frequencies of the box's own grid."""
+        return (slice(None, None, PADDING),) * 3
+
+    def to_space(self, spectrum: Tensor) -> Tensor:
+        """Real space (P, P, P), origin first, of a half-spectrum."""
+        return torch.fft.irfftn(spectrum, s=(self.padded,) * 3)
+
+    def average(self, in_space: Tensor, kernel_voxels: float) -> Tensor:
+        """A half-spectrum, given in real space (which is overwritten), convolved with a Gaussian of unit sum."""
+        return torch.fft.rfftn(_times(in_space, self._gaussian(kernel_voxels)))
+
+    def solve(self, numerator: Tensor, inverse: Tensor) -> Tensor:
+        """S of the module's docstring: the map (D, D, D) of n, with 1 / (G * d) given."""
+        spectrum = self.average(self.to_space(numerator), KERNEL_VOXELS).mul_(inverse)
+        # Axis by axis, each cropped before the next is transformed. Orthonormal image transforms make the factor D.
+        for axis in (0, 1):
+            spectrum = torch.fft.ifft(spectrum, dim=axis).index_select(axis, self._rows)
+        volume = torch.fft.irfft(spectrum, n=self.padded, dim=2).index_select(2, self._rows)
+        return _times(volume, 1 / self._window).mul_(self.box)
+
+    def from_map(self, volume: Tensor) -> Tensor:
+        """What interpolation between the grid's voxels sees of a map: its transform, not averaged."""
+        spectrum = torch.fft.rfft(self._padded(_times(volume.clone(), self._trilinear), 2), dim=2)
+        for axis in (1, 0):
+            spectrum = torch.fft.fft(self._padded(spectrum, axis), dim=axis)
+        return spectrum.div_(self.box)
+
+    def is_seen(self, averaged: Tensor, covered: Tensor) -> Tensor:
+        """Voxels inside the sphere of Nyquist that are not empty, from d and coverage, both averaged."""
+        squares = (self._position * self.padded) ** 2
+        radius = squares[:, None, None] + squares[:, None] + squares[: self.padded // 2 + 1]
+        typical = averaged.mean() / covered.mean()
+        return (
+            (radius < (self.padded // 2) ** 2)
+            & (covered >= EMPTY_COVERAGE)
+            & (averaged > EMPTY_WEIGHT * typical * covered)
+        )
+
+    def _padded(self, values: Tensor, axis: int) -> Tensor:
+        shape = list(values.shape)
+        shape[axis] = self.padded
+        return values.new_zeros(shape).index_copy_(axis, self._rows, values)
+
+    def _gaussian(self, kernel_voxels: float) -> Tensor:
+        return torch.exp(-2 * (math.pi * kernel_voxels * self._position) ** 2)
+
+
+def _times(volume: Tensor, along: Tensor) -> Tensor:
+    """A volume times the same factors along every axis, in place."""
+    return volume.mul_(along[:, None, None]).mul_(along[:, None]).mul_(along)

@@ -1,0 +1,192 @@
+"""The delivered map: what the images say where they say it clearly, what the mixtures say where they do not.
+
+Linear half maps L_h and mixtures' maps G_h, each from its own half. By Fourier voxel, with the noise variance v of the
+mean linear map and the truth's power P in the shell, the Wiener weight is W = P / (P + v). Of every half
+
+    Z_h = s ( W L_h + gamma (1 - W) G_h ),        M = (Z_a + Z_b) / 2.
+
+With gamma = s = 1 this is the posterior mean with the other half's mixture as prior, regrouped by halves: the mean of
+W L_b + (1 - W) G_a and W L_a + (1 - W) G_b. gamma, one number a shell, is what a least-squares fit to the truth gives,
+by cross-validation: <W L, T> from the linear maps of the two halves, <G_a, T> from that of half b and the other way
+round. It brings mixtures to the data's grey scale and leaves out what they merely repeat of their own half's noise. A
+gamma that is not clear of its error is shrunk towards 0: a mixture must earn its place, shell by shell. s = 1 / (mean
+transfer of the truth) gives every shell the truth's own amplitude, so that no radial filter is hidden in M; filtering
+and sharpening are for postprocess, where they are recorded.
+
+Z_a is made from half a (but for a few numbers a shell), so the calibrated FSC of M holds as it stands.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.fft
+import scipy.optimize
+
+from cryosplat.backprojection import KERNEL_VOXELS, PADDING, LinearHalf
+from cryosplat.calibration import by_shell, relative_variance
+from cryosplat.fsc import masked_spectrum
+from cryosplat.sectors import SectorSums, jackknife, smooth
+
+LARGEST_GAMMA = 20.0
+"""Mixtures that have not converged are too faint, by up to 5 times (seen); more is an accident of noise."""
+
+
+SAFE_RATIO = 1e-2
+"""Least signal over noise that a Wiener weight is made with: far below it the ratio is an accident."""
+
+
+DOUBT = 2.0
+"""Standard errors that a mixture's gain must exceed to count at all."""
+
+RISING_SHELLS = 8
+"""Shells in which signal over noise may rise: the CTF is near zero at low frequency."""
+
+
+@dataclass(frozen=True, eq=False)
+class Delivered:
+    """Maps (D, D, D) float32.
+
+    Attributes:
+        parts: Z_a and Z_b, each of its own half.
+        linear: the Wiener-filtered linear map of all particles, for looking at.
+        gamma: (D//2+1,) by shell.
+        wiener: (D//2+1,) mean of W by shell.
+    """
+
+    parts: tuple[np.ndarray, np.ndarray]
+    linear: np.ndarray
+    gamma: np.ndarray
+    wiener: np.ndarray
+
+    @property
+    def map(self) -> np.ndarray:
+        """M."""
+        return 0.5 * (self.parts[0] + self.parts[1])
+
+
+def deliver(
+    halves: tuple[LinearHalf, LinearHalf],
+    mixtures: tuple[np.ndarray, np.ndarray] | None,
+    mask: np.ndarray | None,
+    sums: SectorSums,
+) -> Delivered:
+    """Put linear half maps and mixtures' maps (D, D, D) together.
+
+    Args:
+        halves: linear half maps a and b.
+        mixtures: of the halves, in the same grey scale; None: the linear maps alone.
+        mask: (D, D, D) that gamma is fitted under; None: no mask.
+        sums: of the box.
+    """
+    weights, wiener = _wiener(halves, mask, sums)
+    whole = _filtered(0.5 * (halves[0].map + halves[1].map), weights)
+    # Scaled to the truth's amplitude before anything leaves the window: a steep radial filter would mix shells there.
+    scale = 1 / by_shell(np.maximum(wiener, 1e-6), sums)
+    linear = tuple(_filtered(half.map, weights * scale) for half in halves)
+    if mixtures is None:
+        return Delivered(linear, whole, np.zeros(sums.shells), wiener)
+    fill = np.where(sums.inside, (1 - weights) * scale, 0)
+    filling = [_filtered(volume, fill) for volume in mixtures]
+    gamma, transfer = _gamma(linear, filling, halves, mask, sums)
+    scale = 1 / (1 + smooth(gamma * np.maximum(transfer, 0)))
+    parts = tuple(
+        scipy.fft.irfftn(
+            scipy.fft.rfftn(one) * by_shell(scale, sums) + scipy.fft.rfftn(two) * by_shell(scale * gamma, sums),
+            one.shape,
+        ).astype(np.float32)
+        for one, two in zip(linear, filling, strict=True)
+    )
+    return Delivered(parts, whole, gamma, wiener)
+
+
+def _wiener(
+    halves: tuple[LinearHalf, LinearHalf], mask: np.ndarray | None, sums: SectorSums
+) -> tuple[np.ndarray, np.ndarray]:
+    """W (D, D, D//2+1), 0 where a half is empty and in the corners; and its mean by shell.
+
+    Signal over noise is measured under the mask, where there is more of it, and carried over to the window: under
+    either the noise is as much as the sum of squares, and the signal what is left of the molecule.
+    """
+    seen = np.isfinite(halves[0].variance) & np.isfinite(halves[1].variance) & sums.inside
+    pattern = relative_variance(halves, seen, sums)
+    window = _window(len(halves[0].map))
+    mask = window if mask is None else mask
+    spectra = [masked_spectrum(half.map, mask, np.float32) for half in halves]
+    voxels = np.maximum(sums.voxels.sum(1), 1)
+    cross = sums.cross(*spectra).sum(1) / voxels
+    power = sum(sums.cross(spectrum, spectrum).sum(1) for spectrum in spectra) / (2 * voxels)
+    noise = np.maximum(smooth(power - cross), 1e-30) / 2  # of the mean of two halves
+    left = (mask**2 * window**2).sum() / (mask**2).sum()
+    under_window = left * (mask**2).sum() / (window**2).sum()
+    told = np.where(seen, 1 / (1 + pattern) ** 2, 0)  # poorly seen voxels would bring nothing but noise
+    truth = smooth(sums.cross(*spectra, told).sum(1) / np.maximum(sums(told).sum(1), 1e-30))
+    ratio = np.maximum(_falling(truth / noise), SAFE_RATIO) * under_window
+    weights = 1 / (1 + pattern / by_shell(ratio, sums))
+    weights[~seen] = 0
+    return weights, sums(weights).sum(1) / np.maximum(sums(sums.inside.astype(np.float32)).sum(1), 1)
+
+
+def _falling(ratio: np.ndarray) -> np.ndarray:
+    """The nearest curve (S,) that nowhere rises beyond ``RISING_SHELLS``: signal over noise falls with frequency, and
+    what rises again is chance. Uneven weights of neighbouring shells would mix under a mask."""
+    fallen = ratio.copy()
+    fallen[RISING_SHELLS:] = scipy.optimize.isotonic_regression(ratio[RISING_SHELLS:], increasing=False).x
+    return smooth(fallen)
+
+
+def _window(box: int) -> np.ndarray:
+    """Real-space window (D, D, D) under which maps are weighted: noise far from the centre must not come back."""
+    position = (np.arange(box) - box // 2) / (PADDING * box)
+    along = np.exp(-((2 * math.pi * KERNEL_VOXELS * position) ** 2)).astype(np.float32)
+    return along[:, None, None] * along[:, None] * along
+
+
+def _filtered(volume: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """A map whose transform under the window is multiplied by weights (D, D, D//2+1)."""
+    window = _window(len(volume))
+    spectrum = scipy.fft.rfftn(volume * window)
+    spectrum *= weights
+    return (scipy.fft.irfftn(spectrum, volume.shape, overwrite_x=True) / window).astype(np.float32)
+
+
+def _gamma(
+    linear: tuple[np.ndarray, np.ndarray],
+    filling: list[np.ndarray],
+    halves: tuple[LinearHalf, LinearHalf],
+    mask: np.ndarray | None,
+    sums: SectorSums,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weight of the filling Y beside the linear part X by shell, and the transfer of the truth by Y.
+
+    Least squares of T by alpha X + gamma Y, of which the ratio is taken. What Y says beyond X is r = <Y, T> -
+    <X, Y> <X, T> / <X, X>; with e twice the error of r, gamma is multiplied by 1 - (e / r)^2, or 0 if r is below e.
+    """
+
+    def spectrum(volume):
+        return masked_spectrum(volume, mask, np.float32)
+
+    truth = [spectrum(half.map) for half in halves]
+
+    def with_truth(parts):
+        return 0.5 * (sums.cross(parts[0], truth[1]) + sums.cross(parts[1], truth[0]))
+
+    x, y = ([spectrum(part) for part in parts] for parts in (linear, filling))
+    x_truth, y_truth = with_truth(x), with_truth(y)
+    x, y = (0.5 * (parts[0] + parts[1]) for parts in (x, y))
+    truth_truth, xx, xy, yy = sums.cross(*truth), sums.cross(x, x), sums.cross(x, y), sums.cross(y, y)
+    scale = np.maximum(sums.cross(truth[0], truth[0]).sum(1) * 1e-6, smooth(np.maximum(truth_truth.sum(1), 0)))[:, None]
+    products = [part / np.maximum(scale, 1e-30) for part in (x_truth, y_truth, xx, xy, yy)]
+
+    def beyond(x_truth, y_truth, xx, xy, yy):
+        x_truth, y_truth, xx, xy, yy = (smooth(part) for part in (x_truth, y_truth, xx, xy, yy))
+        return y_truth - xy * x_truth / np.maximum(xx, 1e-30)
+
+    gain, error = jackknife(beyond, *products)
+    x_truth, y_truth, xx, xy, yy = (smooth(part.sum(1)) for part in products)
+    alone = yy * x_truth - xy * y_truth  # alpha, up to the determinant
+    ratio = np.divide(xx * gain, alone, out=np.full_like(gain, LARGEST_GAMMA), where=alone > 0)
+    error = DOUBT * error
+    sure = np.where(gain > error, 1 - (error / np.where(gain > 0, gain, 1)) ** 2, 0)
+    transfer = y_truth / np.maximum(smooth(truth_truth.sum(1) / np.maximum(scale[:, 0], 1e-30)), 1e-6)
+    return smooth(np.clip(ratio, 0, LARGEST_GAMMA) * sure), transfer
