@@ -96,13 +96,13 @@ def _excess(curve: FscCurve, first: int, error: np.ndarray) -> tuple[float, floa
 
 
 def _shared(check: Check, null: Record, first: int, error: np.ndarray) -> None:
-    """Whether the linear half maps of images without signal have anything in common."""
+    """Whether the linear half maps of images without signal have anything in common from shell ``first`` on."""
     if "linear_half_maps" not in null.curves:
         check.say(INCONCLUSIVE, "the run has no linear half maps, so whether halves share images cannot be seen here.")
         return
     mean, of_mean = _excess(null.curves["linear_half_maps"], first, error)
     check.numbers |= {"linear_mean_fsc": mean, "linear_standard_error": of_mean}
-    words = f"the linear half maps' mean FSC there is {mean:+.4f} (standard error {of_mean:.4f})"
+    words = f"the linear half maps' mean FSC from {null.angstrom(first):.2f} A on is {mean:+.4f} (standard error {of_mean:.4f})"
     if not np.isfinite(mean):
         check.say(INCONCLUSIVE, "the linear half maps have no FSC there.")
     elif mean > STANDARD_ERRORS * of_mean:
@@ -130,7 +130,9 @@ def judge_phases(run: Record, null: Record, null_shell_a: float, error: np.ndarr
     if first > run.box // 2:
         check.say(INCONCLUSIVE, f"no shell is left beyond {null_shell_a:.2f} A and its margin.")
         return check
-    _shared(check, null, first, error)
+    # The outer half: what a mask or the window of insertion carries over from the strong shells below ends before it,
+    # what halves have in common does not.
+    _shared(check, null, (first + run.box // 2) // 2, error)
     truly = _corrected(run, null, first)
     corrected = resolution(truly, RESOLUTION_THRESHOLD_HALF_MAPS)
     naive = resolution(run.curves["half_maps"], RESOLUTION_THRESHOLD_HALF_MAPS)

@@ -87,6 +87,12 @@ def test_linear_halves_that_agree_on_random_phases_share_images():
     assert check.verdict == FAIL and "The halves share images" in " ".join(check.found)
 
 
+def test_what_leaks_over_the_null_shell_is_not_taken_for_shared_images():
+    null = null_of_phases()
+    null.curves["linear_half_maps"].fsc[12:17] += [0.6, 0.3, 0.2, 0.1, 0.1]
+    assert verdicts.judge_phases(calibrated_run(), null, angstrom(12), ERROR).verdict == PASS
+
+
 def test_a_calibration_that_finds_resolution_where_there_is_none_fails():
     check = verdicts.judge_phases(calibrated_run(), null_of_phases({"resolution_a": angstrom(18)}), angstrom(12), ERROR)
     assert check.verdict == FAIL and "cannot be trusted" in " ".join(check.found)
