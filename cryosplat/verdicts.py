@@ -102,7 +102,7 @@ def _shared(check: Check, null: Record, first: int, error: np.ndarray) -> None:
         return
     mean, of_mean = _excess(null.curves["linear_half_maps"], first, error)
     check.numbers |= {"linear_mean_fsc": mean, "linear_standard_error": of_mean}
-    words = f"the linear half maps' mean FSC from {null.angstrom(first):.2f} A on is {mean:+.4f} (standard error {of_mean:.4f})"
+    words = f"the linear half maps' mean FSC from {null.angstrom(first):.2f} A on is {mean:+.4f} (error {of_mean:.4f})"
     if not np.isfinite(mean):
         check.say(INCONCLUSIVE, "the linear half maps have no FSC there.")
     elif mean > STANDARD_ERRORS * of_mean:
