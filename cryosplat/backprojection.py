@@ -38,7 +38,7 @@ TRILINEAR_VARIANCE = 1 / 6
 """Variance of the trilinear kernel along an axis, voxels squared."""
 
 EMPTY_COVERAGE = (2 * math.pi * KERNEL_VOXELS**2) ** -1.5 * math.exp(-2.0 / KERNEL_VOXELS**2)
-"""Coverage averaged over G of a voxel whose only coefficient is two voxels away, one Fourier pixel of the box. With less
+"""Coverage averaged over G of a voxel whose only coefficient is two voxels away, a Fourier pixel of the box. With less
 it counts as empty."""
 
 EMPTY_WEIGHT = 1e-4

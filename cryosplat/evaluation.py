@@ -36,7 +36,7 @@ class Evaluation:
     """What the mixtures have come to.
 
     Attributes:
-        maps: (D, D, D) by file: "map", the delivered one, first; and of a run with halves "mixture", "linear", "half_a",
+        maps: (D, D, D) by file: "map", the delivered one; and of a run with halves "mixture", "linear", "half_a",
             "half_b" (linear, unregularised), "mixture_half_a", "mixture_half_b" and "mask".
         curves: FSC curves by column of fsc.csv.
         calibrated: of the delivered map; None without halves.
