@@ -19,10 +19,11 @@ import subprocess
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -327,6 +328,11 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def sum_arrays(arrays: Sequence[np.ndarray], world: World) -> list[np.ndarray]:
+    """``sum_over_ranks`` of NumPy arrays, each of one shape on all ranks."""
+    return [sum_over_ranks(torch.from_numpy(array), world).numpy() for array in arrays]
 
 
 def sum_to_main(values: Tensor, world: World) -> Tensor | None:

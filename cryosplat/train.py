@@ -123,18 +123,17 @@ class Run:
     def _share_statistics(self, dataset: ParticleDataset) -> torch.Tensor | None:
         """Noise levels and spectra of all ranks' particles; the weights, if asked for."""
         mine = dataset.statistics
-        numbers = distributed.sum_over_ranks(torch.from_numpy(mine.fingerprint), self.world).numpy()
+        # Every particle's numbers come from its one owner, so the sums are exact.
+        numbers, deviation, power, count = distributed.sum_arrays(
+            (mine.fingerprint, mine.deviation, mine.power, mine.count), self.world
+        )
         self.same = same_images(numbers)
         self.shared_images = images_in_both_halves(self.same, dataset.half)
         if self.shared_images and self.world.is_main:
             logger.warning(
                 "%d images have copies in both halves: the half maps are not independent", self.shared_images
             )
-        # Every particle's level comes from its one owner, so the sum is exact.
-        dataset.normalise(distributed.sum_over_ranks(torch.from_numpy(mine.deviation), self.world).numpy())
-        power, count = (
-            distributed.sum_over_ranks(torch.from_numpy(s), self.world).numpy() for s in (mine.power, mine.count)
-        )
+        dataset.normalise(deviation)
         self.noise = radial_noise(power, count)
         return noise_weights(power, count, dataset.box) if self.config.train.whiten else None
 
