@@ -112,15 +112,20 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
     # Every coefficient is spread by the trilinear kernel and then by G: a Gaussian of both variances, whose square is
     # what noise adds up with. d has had the trilinear kernel already.
     both = KERNEL_VOXELS**2 + TRILINEAR_VARIANCE
-    denominator = _hermitian(sums[..., 2])
+    noise_kernel = math.sqrt(both / 2 - TRILINEAR_VARIANCE)
+    denominator = _hermitian(sums[..., 2].clone())
     in_space = grid.to_space(denominator)
-    noise = grid.average(in_space.clone(), math.sqrt(both / 2 - TRILINEAR_VARIANCE)).real[grid.of_box]
-    noise = noise * (4 * math.pi * both) ** -1.5
-    averaged = grid.average(in_space, KERNEL_VOXELS).real.contiguous()
-    covered = grid.average(grid.to_space(_hermitian(sums[..., 3])), KERNEL_VOXELS).real
-    inverse = torch.where(grid.is_seen(averaged, covered), averaged.reciprocal(), 0)
+    noise = grid.average(in_space, noise_kernel).real[grid.of_box] * (4 * math.pi * both) ** -1.5
+    # Has been multiplied by the narrower kernel's window already: only the rest of G's is left to do.
+    averaged = grid.average(in_space, math.sqrt(KERNEL_VOXELS**2 - noise_kernel**2)).real.contiguous()
+    in_space = grid.to_space(_hermitian(sums[..., 3].clone()))
+    covered = grid.average(in_space, KERNEL_VOXELS).real.contiguous()
+    del in_space
+    seen = grid.is_seen(averaged, covered)
+    del covered
+    inverse = averaged.masked_fill_(~seen, torch.inf).reciprocal_()
     variance = torch.where(inverse[grid.of_box] > 0, noise * inverse[grid.of_box] ** 2, torch.inf)
-    del in_space, averaged, covered, noise
+    del averaged, seen, noise
     numerator = _hermitian(torch.complex(sums[..., 0], sums[..., 1]))
     volume = grid.solve(numerator, inverse)
     residual = numerator.sub_(grid.from_map(volume).mul_(denominator))
@@ -129,12 +134,11 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
 
 
 def _hermitian(grid: Tensor) -> Tensor:
-    """A grid (P, P, P//2+1) whose plane x = 0 has got what its voxels' mates have collected; a copy."""
+    """Give the plane x = 0 of a grid (P, P, P//2+1), in place, what its voxels' mates have collected."""
     plane = grid[:, :, 0]
     mates = torch.roll(plane.flip(0, 1), (1, 1), (0, 1))
-    whole = grid.clone()
-    whole[:, :, 0] += mates.conj() if grid.is_complex() else mates
-    return whole
+    plane += mates.conj() if grid.is_complex() else mates
+    return grid
 
 
 class _Grid:
