@@ -12,8 +12,7 @@ one step of iterative refinement with the same S:
     L = S n + S (n - d F[S n])
 
 L is linear in the images, unbiased to the second order, and has no Wiener term, no floor and no mask: what calibration
-and deposition need. Its noise per voxel has the variance below, up to a factor near 1 (measured in
-benchmarks/quality.md).
+and deposition need. Its noise per voxel has the variance below, up to a factor near 1 (tests/test_backprojection.py).
 """
 
 import math
@@ -38,8 +37,8 @@ TRILINEAR_VARIANCE = 1 / 6
 """Variance of the trilinear kernel along an axis, voxels squared."""
 
 EMPTY_COVERAGE = (2 * math.pi * KERNEL_VOXELS**2) ** -1.5 * math.exp(-2.0 / KERNEL_VOXELS**2)
-"""Coverage averaged over G of a voxel whose only coefficient is two voxels away, one Fourier pixel of the box. With
-less it counts as empty."""
+"""Coverage averaged over G of a voxel whose only coefficient is two voxels away, a Fourier pixel of the box. With less
+it counts as empty."""
 
 EMPTY_WEIGHT = 1e-4
 """A voxel with less than this fraction of the usual d for its coverage has only seen zeros of the CTF: empty too."""
@@ -53,8 +52,8 @@ class LinearHalf:
 
     Attributes:
         map: (D, D, D) float32, [z, y, x], in the units of a mixture's map.
-        variance: (D, D, D//2+1) float32, of the noise of the map's transform by voxel, up to a factor; infinite where
-            empty.
+        variance: (D, D, D//2+1) float32, of the noise of the map's transform (``rfftn``) by voxel, up to a factor near
+            1; infinite where empty.
     """
 
     map: np.ndarray
@@ -112,15 +111,20 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
     # Every coefficient is spread by the trilinear kernel and then by G: a Gaussian of both variances, whose square is
     # what noise adds up with. d has had the trilinear kernel already.
     both = KERNEL_VOXELS**2 + TRILINEAR_VARIANCE
-    denominator = _hermitian(sums[..., 2])
+    denominator = _hermitian(sums[..., 2].clone())
     in_space = grid.to_space(denominator)
-    noise = grid.average(in_space.clone(), math.sqrt(both / 2 - TRILINEAR_VARIANCE)).real[grid.of_box]
-    noise = noise * (4 * math.pi * both) ** -1.5
-    averaged = grid.average(in_space, KERNEL_VOXELS).real.contiguous()
-    covered = grid.average(grid.to_space(_hermitian(sums[..., 3])), KERNEL_VOXELS).real
-    inverse = torch.where(grid.is_seen(averaged, covered), averaged.reciprocal(), 0)
+    narrow, whole = grid.gaussian(math.sqrt(both / 2 - TRILINEAR_VARIANCE)), grid.gaussian(KERNEL_VOXELS)
+    # For an even d, L is n / d, and its noise that of D^3 of the P^3 voxels: D^2 / (d 2^3).
+    noise = grid.average(in_space, narrow).real[grid.of_box] * (box**2 / PADDING**3)
+    averaged = grid.average(in_space, whole / narrow).real.contiguous()  # which has been multiplied by narrow already
+    in_space = grid.to_space(_hermitian(sums[..., 3].clone()))
+    covered = grid.average(in_space, whole).real.contiguous()
+    del in_space
+    seen = grid.is_seen(averaged, covered)
+    del covered
+    inverse = averaged.masked_fill_(~seen, torch.inf).reciprocal_()
     variance = torch.where(inverse[grid.of_box] > 0, noise * inverse[grid.of_box] ** 2, torch.inf)
-    del in_space, averaged, covered, noise
+    del averaged, seen, noise
     numerator = _hermitian(torch.complex(sums[..., 0], sums[..., 1]))
     volume = grid.solve(numerator, inverse)
     residual = numerator.sub_(grid.from_map(volume).mul_(denominator))
@@ -129,12 +133,11 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
 
 
 def _hermitian(grid: Tensor) -> Tensor:
-    """A grid (P, P, P//2+1) whose plane x = 0 has got what its voxels' mates have collected; a copy."""
+    """Give the plane x = 0 of a grid (P, P, P//2+1), in place, what its voxels' mates have collected."""
     plane = grid[:, :, 0]
     mates = torch.roll(plane.flip(0, 1), (1, 1), (0, 1))
-    whole = grid.clone()
-    whole[:, :, 0] += mates.conj() if grid.is_complex() else mates
-    return whole
+    plane += mates.conj() if grid.is_complex() else mates
+    return grid
 
 
 class _Grid:
@@ -146,7 +149,7 @@ class _Grid:
         self._position = frequency
         self._rows = (torch.arange(box, device=device) - box // 2) % self.padded
         inside = frequency[self._rows]
-        self._window = self._gaussian(KERNEL_VOXELS)[self._rows] * torch.sinc(inside) ** 2
+        self._window = self.gaussian(KERNEL_VOXELS)[self._rows] * torch.sinc(inside) ** 2
         self._trilinear = torch.sinc(inside) ** 2
 
     @property
@@ -158,13 +161,13 @@ class _Grid:
         """Real space (P, P, P), origin first, of a half-spectrum."""
         return torch.fft.irfftn(spectrum, s=(self.padded,) * 3)
 
-    def average(self, in_space: Tensor, kernel_voxels: float) -> Tensor:
-        """A half-spectrum, given in real space (which is overwritten), convolved with a Gaussian of unit sum."""
-        return torch.fft.rfftn(_times(in_space, self._gaussian(kernel_voxels)))
+    def average(self, in_space: Tensor, window: Tensor) -> Tensor:
+        """A half-spectrum, given in real space (which is overwritten), convolved with what ``gaussian`` is of."""
+        return torch.fft.rfftn(_times(in_space, window))
 
     def solve(self, numerator: Tensor, inverse: Tensor) -> Tensor:
         """S of the module's docstring: the map (D, D, D) of n, with 1 / (G * d) given."""
-        spectrum = self.average(self.to_space(numerator), KERNEL_VOXELS).mul_(inverse)
+        spectrum = self.average(self.to_space(numerator), self.gaussian(KERNEL_VOXELS)).mul_(inverse)
         # Axis by axis, each cropped before the next is transformed. Orthonormal image transforms make the factor D.
         for axis in (0, 1):
             spectrum = torch.fft.ifft(spectrum, dim=axis).index_select(axis, self._rows)
@@ -194,8 +197,14 @@ class _Grid:
         shape[axis] = self.padded
         return values.new_zeros(shape).index_copy_(axis, self._rows, values)
 
-    def _gaussian(self, kernel_voxels: float) -> Tensor:
-        return torch.exp(-2 * (math.pi * kernel_voxels * self._position) ** 2)
+    def gaussian(self, kernel_voxels: float) -> Tensor:
+        """(P,) along an axis of real space: the transform of a Gaussian of unit sum, sampled at the grid's voxels.
+
+        Sampling repeats it. Cut off at the edge instead, it would ring along the axes of Fourier space, far out and
+        below zero, and make empty voxels there look seen.
+        """
+        position = self._position + torch.arange(-1, 2, device=self._position.device)[:, None]
+        return torch.exp(-2 * (math.pi * kernel_voxels * position) ** 2).sum(0)
 
 
 def _times(volume: Tensor, along: Tensor) -> Tensor:

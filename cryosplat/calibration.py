@@ -58,19 +58,13 @@ class Calibrated:
 
     @property
     def resolution(self) -> Resolution | None:
-        """Where the curve crosses 0.5; None if it ends before that: the resolution is not known then."""
-        known = slice(0, self.last_shell + 1)
-        crossed = np.nan_to_num(self.curve.fsc[known], nan=1.0)
-        if self.ends_early and not (crossed[1:] < RESOLUTION_THRESHOLD_TRUTH).any():
-            return None
-        values = np.where(np.isfinite(self.curve.fsc), self.curve.fsc, 0.0)
-        errors = np.where(np.isfinite(self.curve.error), self.curve.error, 1.0)
-        return resolution(FscCurve(values, self.curve.box, self.curve.pixel_size_a, errors), RESOLUTION_THRESHOLD_TRUTH)
+        """Where the curve crosses 0.5; None if the data say nothing."""
+        return None if self.last_shell < ALWAYS_CERTAIN else resolution(self.curve, RESOLUTION_THRESHOLD_TRUTH)
 
     @property
     def end_a(self) -> float | None:
         """Resolution of the last shell that anything is known of, A; None if there is none."""
-        if self.last_shell < 1:
+        if self.last_shell < ALWAYS_CERTAIN:
             return None
         return shell_to_angstrom(self.last_shell, self.curve.box, self.curve.pixel_size_a)
 
@@ -146,6 +140,7 @@ class Calibration:
         last = int(uncertain[0]) - 1 if len(uncertain) else len(sure) - 1
         values, errors = jackknife(to_truth, cross, power, self.truth, self.weight, voxels)
         values, errors = np.minimum(values, 1.0), np.minimum(errors, 1.0)
+        values[0], errors[0] = 1.0, 0.0  # the mean density, which takes part in nothing
         values[last + 1 :], errors[last + 1 :] = np.nan, np.nan
         return Calibrated(FscCurve(values, self.box, self.pixel_size_a, errors), last)
 

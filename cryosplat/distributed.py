@@ -16,12 +16,14 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ from cryosplat.errors import InputError, PeerError, PeerGone
 _LOG = logging.getLogger("cryosplat")
 
 Result = TypeVar("Result")
-
+LAST_TENSORS_S = 0.05
 FIRST_PORT, PORTS = 12000, 8000
 """Ports drawn from the job's number: below 20000, where submitit's and Linux's own ranges begin."""
 
@@ -120,6 +122,10 @@ def join(config: Config) -> Iterator[World]:
         # After an error gloo's peers see the closed connections and stop too. NCCL would wait here for collectives
         # that never come; there the launcher ends the other ranks when this one dies.
         if dist.is_initialized() and leave:
+            # First what may keep the group and its threads in a cycle until the interpreter ends: a thread that gives
+            # up its last tensor then aborts the process. In the pause they do so, which takes Python's lock.
+            gc.collect()
+            time.sleep(LAST_TENSORS_S)
             dist.destroy_process_group()
 
 
@@ -322,6 +328,11 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def sum_arrays(arrays: Sequence[np.ndarray], world: World) -> list[np.ndarray]:
+    """``sum_over_ranks`` of NumPy arrays, each of one shape on all ranks."""
+    return [sum_over_ranks(torch.from_numpy(array), world).numpy() for array in arrays]
 
 
 def sum_to_main(values: Tensor, world: World) -> Tensor | None:

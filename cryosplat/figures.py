@@ -34,8 +34,14 @@ _HALVES, _TRUTH = (RESOLUTION_THRESHOLD_HALF_MAPS,), (RESOLUTION_THRESHOLD_TRUTH
 
 # What a curve is called and where its resolution is read; any other keeps its name and is read at every threshold.
 _CURVES = {
-    "half_maps": ("half maps (naive)", _HALVES),
-    "truth": ("map to truth", _TRUTH),
+    "calibrated_map": ("delivered map to the truth, calibrated", _TRUTH),
+    "calibrated_half_a": ("mixture of half a to the truth, calibrated", _TRUTH),
+    "calibrated_half_b": ("mixture of half b to the truth, calibrated", _TRUTH),
+    "linear_half_maps": ("linear half maps", _HALVES),
+    "half_maps": ("half maps of mixtures (naive)", _HALVES),
+    "truth": ("delivered map to the known truth", _TRUTH),
+    "mixture_truth": ("mixture to the known truth", _TRUTH),
+    "linear_truth": ("linear map to the known truth", _TRUTH),
     "fsc": ("the two maps", None),
     "unmasked": ("no mask", _HALVES),
     "sphere": ("sphere", _HALVES),
@@ -48,6 +54,10 @@ _CURVES = {
 
 # Colours of the curves that are drawn together, whichever of them there are: the one to read stands out.
 _STYLES = {
+    "calibrated_map": ("#0072B2", "-", 2.2),
+    "linear_half_maps": ("#009E73", "-.", 1.3),
+    "half_maps": ("#D55E00", (0, (6, 1.5)), 1.3),
+    "truth": ("#000000", (0, (2, 1.2)), 1.6),
     "unmasked": ("0.6", "-", 1.2),
     "sphere": ("#E69F00", (0, (6, 1.5)), 1.2),
     "loose": ("#009E73", "-.", 1.3),
@@ -72,8 +82,8 @@ def fsc_figure(
 
     Args:
         curves: by name, at least one, all of one grid; the program's own names are written out and read at their own
-            thresholds (half maps at 0.143, truth at 0.5), others at every threshold. Of "corrected", one standard
-            error is shaded.
+            thresholds (half maps at 0.143, truth at 0.5), others at every threshold. Of "corrected" and
+            "calibrated_map" one standard error is shaded.
         thresholds: levels to draw.
     """
     figure, axes = new_figure(6.0, 3.9)
@@ -89,7 +99,7 @@ def fsc_figure(
         crossings = [(level, resolution(curve, level)) for level in levels]
         colour, dashes, width = _STYLES.get(name, (_COLOURS[number % 5], _DASHES[number % 5], 1.8))
         read = ", ".join(f"{_angstrom(crossing)} at {level:g}" for level, crossing in crossings)
-        if name == "corrected" and curve.error is not None:
+        if name in ("corrected", "calibrated_map") and curve.error is not None:
             low, high = (curve.fsc + sign * curve.error for sign in (-1, 1))
             axes.fill_between(curve.frequency[1:], low[1:], high[1:], color=colour, alpha=0.2, linewidth=0, zorder=2)
         axes.plot(
@@ -97,11 +107,11 @@ def fsc_figure(
             label=f"{label}: {read}" if read else label,
         )  # fmt: skip
         for level, crossing in crossings:
-            if not crossing.limited_by_nyquist:
+            if not (crossing.limited_by_nyquist or crossing.limited_by_data):
                 place = (1 / crossing.angstrom, level)
                 axes.plot(*place, "o", markersize=5, markeredgecolor="white", color=colour, zorder=3)
     frequency_axis(axes, next(iter(curves.values())))
-    lowest = min(float(curve.fsc[1:].min()) for curve in curves.values())
+    lowest = min(float(np.nanmin(curve.fsc[1:])) for curve in curves.values())
     axes.set_ylim(-1.03 if lowest < -0.15 else min(-0.03, lowest - 0.03), 1.03)
     axes.set_ylabel("Fourier shell correlation", fontsize=LABEL)
     legend = axes.legend(fontsize=TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
@@ -144,7 +154,9 @@ def guinier_figure(sharpened: Sharpened) -> Figure:
 
 def _angstrom(crossing) -> str:
     error = "" if crossing.error_a is None else f" ± {crossing.error_a:.2f}"
-    return f"{crossing.angstrom:.2f}{error} Å" + (" or better (Nyquist)" if crossing.limited_by_nyquist else "")
+    limit = " or better (Nyquist)" if crossing.limited_by_nyquist else " or better (data end)"
+    limited = crossing.limited_by_nyquist or crossing.limited_by_data
+    return f"{crossing.angstrom:.2f}{error} Å" + (limit if limited else "")
 
 
 def frequency_axis(axes: Axes, curve: FscCurve) -> None:

@@ -34,6 +34,8 @@ class FscCurve:
         box: size of the maps in voxels.
         pixel_size_a: A/px of the maps.
         error: (box // 2 + 1,) standard error of every shell (see ``uncertainty``); None where it was not asked for.
+
+    A calibrated curve is NaN beyond the last shell that the data say anything of.
     """
 
     fsc: np.ndarray
@@ -60,16 +62,21 @@ class Resolution:
         angstrom: the resolution; the last shell's if the curve never falls below the threshold.
         limited_by_nyquist: the curve never falls below the threshold, so the resolution is at least this good.
         error_a: standard error of ``angstrom``, if the curve has errors and crosses.
+        limited_by_data: the curve ends (NaN) before it falls below the threshold, so the resolution is at least this
+            good, and how good the data do not say.
     """
 
     angstrom: float
     limited_by_nyquist: bool
     error_a: float | None = None
+    limited_by_data: bool = False
 
     def __str__(self) -> str:
         """The number with its unit and its error, and a word if Nyquist limits it."""
         error = "" if self.error_a is None else f" +- {self.error_a:.2f}"
-        return f"{self.angstrom:.2f}{error} A" + (" (Nyquist)" if self.limited_by_nyquist else "")
+        limit = " (Nyquist)" if self.limited_by_nyquist else " or better (the data end there)"
+        limited = self.limited_by_nyquist or self.limited_by_data
+        return f"{self.angstrom:.2f}{error} A" + (limit if limited else "")
 
 
 def shell_index(box: int) -> np.ndarray:
@@ -185,7 +192,10 @@ def resolution(curve: FscCurve, threshold: float) -> Resolution:
     values = curve.fsc
     below = np.flatnonzero(values[1:] < threshold) + 1
     if len(below) == 0:
-        return Resolution(shell_to_angstrom(len(values) - 1, curve.box, curve.pixel_size_a), True)
+        last = int(np.flatnonzero(np.isfinite(values))[-1])
+        at_nyquist = last == len(values) - 1
+        angstrom = shell_to_angstrom(max(last, 1), curve.box, curve.pixel_size_a)
+        return Resolution(angstrom, at_nyquist, limited_by_data=not at_nyquist)
     first = int(below[0])
     shell = 1.0
     if first > 1:
@@ -205,16 +215,18 @@ def _crossing_error(curve: FscCurve, first: int, shell: float) -> float:
     around = slice(max(1, first - SLOPE_SHELLS), first + SLOPE_SHELLS)
     slope = np.polyfit(curve.shells[around], curve.fsc[around], 1)[0]
     error = float(np.mean(curve.error[first - 1 : first + 1]))
+    if not np.isfinite(slope):  # the curve ends close by
+        slope = curve.fsc[first] - curve.fsc[first - 1]
     return error / max(-slope, error / SLOPE_SHELLS**2)
 
 
 def mean_fsc(curve: FscCurve) -> float:
-    """Mean FSC over the shells 1 .. box // 2.
+    """Mean FSC over the shells 1 .. box // 2, or to where a calibrated curve ends.
 
     >>> mean_fsc(FscCurve(np.array([1.0, 0.9, 0.5]), box=4, pixel_size_a=1.0))
     0.7
     """
-    return float(curve.fsc[1:].mean())
+    return float(np.nanmean(curve.fsc[1:]))
 
 
 def check_maps(maps: Mapping[str, np.ndarray]) -> None:

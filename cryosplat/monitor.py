@@ -165,9 +165,9 @@ class Monitor:
 
         Args:
             step, epoch: as in ``step``.
-            curves: FSC curves by name, "half_maps" and "truth" among them.
+            curves: FSC curves by name, as ``evaluation.Evaluation`` has them.
             resolutions: A, by name, such as "naive_half_map_0.143" and "truth_0.5"; None is not logged.
-            maps: (D, D, D) by model, "full" first of all.
+            maps: (D, D, D) by name, "map" first of all.
             particle_example: arguments of ``figures.particle_figure`` up to the residual, and a name if there is one.
             pixel_size_a: A/px.
         """
@@ -177,7 +177,7 @@ class Monitor:
         self._scalars({f"fsc/mean_{name}": value for name, value in means.items()}, step)
         drawn = {"fsc/curves": figures.fsc_figure(curves)} if curves else {}
         for name, volume in maps.items():
-            suffix = "" if name == "full" else f"_{name}"
+            suffix = "" if name == "map" else f"_{name}"
             drawn[f"map/sections{suffix}"] = figures.sections_figure(volume, pixel_size_a)
             drawn[f"map/projections{suffix}"] = figures.projections_figure(volume, pixel_size_a)
         if particle_example is not None:

@@ -16,11 +16,13 @@ from plyfile import PlyData, PlyElement, PlyParseError
 from cryosplat import figures
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
-from cryosplat.fsc import FscCurve, write_csv
+from cryosplat.fsc import FscCurve, write_csv, write_xml
+from cryosplat.fscfigures import directional_figure
+from cryosplat.fscsuite import FscSuite
 from cryosplat.volumes import write_map
 
-MAP_FILES = {"full": "map.mrc", "half_a": "half_a.mrc", "half_b": "half_b.mrc"}
-"""File of every model's map."""
+RUN_CURVES = ("calibrated_map", "truth", "linear_half_maps", "half_maps")
+"""Curves of a run that fsc.png shows; fsc.csv has all."""
 
 SUMMARY_KEYS = (
     "resolution_a",
@@ -55,6 +57,8 @@ def write_run_outputs(
     curves: Mapping[str, FscCurve],
     summary: Mapping[str, Any],
     pixel_size_a: float,
+    for_the_eye: np.ndarray | None = None,
+    suite: FscSuite | None = None,
     metrics: Mapping[str, np.ndarray] | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -62,12 +66,14 @@ def write_run_outputs(
 
     Args:
         run_dir: exists.
-        maps: (D, D, D) by model: "full", and "half_a" and "half_b" if there are halves.
+        maps: (D, D, D) by name of their file without suffix; "map" is the delivered one.
         mixtures: exported mixtures by model: means (G, 3) and scales (G, 3) in A, quaternions (G, 4) wxyz,
             amplitudes (G,).
         curves: FSC curves by name; with none, there is no fsc.csv and no fsc.png.
         summary: what summary.json is to say: ``SUMMARY_KEYS`` and anything else that JSON can hold.
         pixel_size_a: A/px of the maps.
+        for_the_eye: (D, D, D) what the figures show; none: the delivered map as it is.
+        suite: all curves of the linear half maps; none, no fsc.xml and no directional.png.
         metrics: columns of metrics.csv, for loss.png; none, no figure.
         overwrite: replace the products that are there. Only a run that goes on in its own directory may.
 
@@ -77,21 +83,28 @@ def write_run_outputs(
     Raises:
         InputError: a product exists and ``overwrite`` is false (nothing is written then), or the disk is full.
     """
-    run_dir, full = Path(run_dir), maps["full"]
-    grid = {"box": len(full), "pixel_size_a": float(pixel_size_a)}
+    run_dir, shown = Path(run_dir), maps["map"] if for_the_eye is None else for_the_eye
+    grid = {"box": len(shown), "pixel_size_a": float(pixel_size_a)}
     writers = {
-        MAP_FILES[name]: lambda path, volume=volume: write_map(path, volume, pixel_size_a, overwrite)
+        f"{name}.mrc": lambda path, volume=volume: write_map(path, volume, pixel_size_a, overwrite)
         for name, volume in maps.items()
     }
     writers["gaussians.npz"] = lambda path: write_mixture_npz(path, mixtures, **grid, overwrite=overwrite)
     writers["gaussians.ply"] = lambda path: write_mixture_ply(path, mixtures["full"], **grid, overwrite=overwrite)
     drawn = {
-        "sections.png": lambda: figures.sections_figure(full, pixel_size_a),
-        "projections.png": lambda: figures.projections_figure(full, pixel_size_a),
+        "sections.png": lambda: figures.sections_figure(shown, pixel_size_a),
+        "projections.png": lambda: figures.projections_figure(shown, pixel_size_a),
     }
     if curves:
-        writers["fsc.csv"] = lambda path: write_csv(path, curves, overwrite)
-        drawn["fsc.png"] = lambda: figures.fsc_figure(curves)
+        writers["fsc.csv"] = lambda path: write_csv(path, curves, overwrite, errors=True)
+        chosen = {name: curves[name] for name in RUN_CURVES if name in curves} or curves
+        drawn["fsc.png"] = lambda: figures.fsc_figure(chosen)
+    if suite is not None:
+        title = "linear half maps"
+        writers["fsc.xml"] = lambda path: write_xml(path, suite.curves[suite.final], title, overwrite)
+        drawn["fsc_half_maps.png"] = lambda: figures.fsc_figure(suite.curves)
+        if suite.directional is not None:
+            drawn["directional.png"] = lambda: directional_figure(suite.directional)
     if metrics is not None:
         drawn["loss.png"] = lambda: figures.loss_figure(metrics)
     writers |= {

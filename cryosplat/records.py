@@ -31,11 +31,10 @@ class Record:
 
     @property
     def claim(self) -> tuple[str, float] | None:
-        """The resolution the run claims, A, and its name: the calibrated one if there is one, else the naive one."""
-        for name, key in (("calibrated", "resolution_a"), ("naive", "resolution_naive_a")):
-            if self.summary.get(key) is not None:
-                return name, float(self.summary[key])
-        return None
+        """The resolution the run claims, A, and its name, "calibrated"; "naive" of a run that was not calibrated."""
+        name, key = ("calibrated", "resolution_a") if self.calibrated else ("naive", "resolution_naive_a")
+        value = self.summary.get(key)
+        return None if value is None else (name, float(value))
 
     @property
     def calibrated(self) -> bool:
@@ -66,5 +65,9 @@ def read_record(folder: Path) -> Record:
         raise InputError(f"{error.filename}: no such file; only a complete run with half maps can be judged") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{folder}: summary.json or fsc.csv is not as a run writes it ({error!r})") from error
-    curves = {name: FscCurve(np.array([1.0, *values]), box, pixel_size_a) for name, values in columns.items()}
+    curves = {
+        name: FscCurve(np.array([1.0, *values]), box, pixel_size_a)
+        for name, values in columns.items()
+        if not name.endswith("_error")
+    }
     return Record(folder, summary, curves)

@@ -14,13 +14,16 @@ import torch
 from omegaconf import OmegaConf
 
 from cryosplat import checkpoint, distributed
+from cryosplat.backprojection import back_project
 from cryosplat.config import Config, check_files, load_config, save_config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.errors import InputError, PeerError
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
+from cryosplat.fscsuite import fsc_suite
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.holdout import HoldOut
+from cryosplat.linearmaps import LinearMaps, linear_maps
 from cryosplat.metrics import read_metrics
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.outputs import write_run_outputs
@@ -79,6 +82,7 @@ class Run:
         self._start_or_resume()
         # After the grey scale was set: the null's mixtures then move as those of the real images do.
         distributed.together(lambda: self._make_null(dataset), world)
+        self.linear = self._linear_maps(dataset)
         self.holdout = HoldOut(plan, dataset, self.noise, world, config.train.seed) if plan.held_out.any() else None
         if not run.resumed:
             distributed.together(lambda: begin_run(config, run) if world.is_main else None, world)
@@ -119,18 +123,17 @@ class Run:
     def _share_statistics(self, dataset: ParticleDataset) -> torch.Tensor | None:
         """Noise levels and spectra of all ranks' particles; the weights, if asked for."""
         mine = dataset.statistics
-        numbers = distributed.sum_over_ranks(torch.from_numpy(mine.fingerprint), self.world).numpy()
+        # Every particle's numbers come from its one owner, so the sums are exact.
+        numbers, deviation, power, count = distributed.sum_arrays(
+            (mine.fingerprint, mine.deviation, mine.power, mine.count), self.world
+        )
         self.same = same_images(numbers)
         self.shared_images = images_in_both_halves(self.same, dataset.half)
         if self.shared_images and self.world.is_main:
             logger.warning(
                 "%d images have copies in both halves: the half maps are not independent", self.shared_images
             )
-        # Every particle's level comes from its one owner, so the sum is exact.
-        dataset.normalise(distributed.sum_over_ranks(torch.from_numpy(mine.deviation), self.world).numpy())
-        power, count = (
-            distributed.sum_over_ranks(torch.from_numpy(s), self.world).numpy() for s in (mine.power, mine.count)
-        )
+        dataset.normalise(deviation)
         self.noise = radial_noise(power, count)
         return noise_weights(power, count, dataset.box) if self.config.train.whiten else None
 
@@ -139,6 +142,17 @@ class Run:
         if data.null != "none":
             dataset.make_null(data.null, data.null_seed, self.same, self.noise, data.null_shell_a)
             logger.info("rank %d: null test: the images' %s are random", self.world.rank, _NULLS[data.null])
+
+    def _linear_maps(self, dataset: ParticleDataset) -> LinearMaps | None:
+        """The linear half maps, on rank 0, from the images that are trained on: they do not change while it trains."""
+        if not self.config.maps.halves:
+            return None
+        mine = dataset.owned[~self.trainer.plan.held_out[dataset.owned]]
+        sums = back_project(dataset, mine, self.noise, self.world)
+        if sums is None:
+            return None
+        given = self.comparison.mask
+        return linear_maps(sums, dataset.box, dataset.pixel_size_a, given, f"data.mask={self.config.data.mask}")
 
     def _reconstruction(self, dataset: ParticleDataset, weights: torch.Tensor | None) -> Reconstruction:
         model = self.config.model
@@ -202,11 +216,15 @@ class Run:
         if not self.world.is_main:
             return None
         trainer = self.trainer
-        evaluation = evaluate(trainer.reconstruction, self.comparison)
+        evaluation = evaluate(trainer.reconstruction, self.comparison, self.linear)
         example = trainer.dataset.batch(trainer.dataset.owned[:1], self.world.device)
         resolutions = {
             name: found.angstrom
-            for name, found in (("naive_half_map_0.143", evaluation.naive), ("truth_0.5", evaluation.truth))
+            for name, found in (
+                ("calibrated_0.5", evaluation.calibrated and evaluation.calibrated.resolution),
+                ("naive_half_map_0.143", evaluation.naive),
+                ("truth_0.5", evaluation.truth),
+            )
             if found is not None
         }
         monitor.evaluation(
@@ -214,7 +232,7 @@ class Run:
             trainer.progress.epoch,
             evaluation.curves,
             resolutions,
-            evaluation.maps,
+            {"map": evaluation.for_the_eye()} | {n: v for n, v in evaluation.maps.items() if n.startswith("mixture")},
             particle_example(trainer.reconstruction, example),
             trainer.reconstruction.pixel_size_a,
         )
@@ -264,7 +282,6 @@ class Run:
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
-            "mask": self.config.data.mask,
             "halves": trainer.table.half_origin if self.config.maps.halves else None,
             "run_dir": str(self.run.folder),
         }
@@ -277,15 +294,24 @@ class Run:
             name: {
                 key: value.cpu().numpy() for key, value in reconstruction.mixture.export(m, box, pixel_size_a).items()
             }
-            for m, name in enumerate(evaluation.maps)
+            for m, name in enumerate(MODEL_NAMES[: reconstruction.mixture.models])
         }
+        suite, curves = None, dict(evaluation.curves)
+        if self.linear is not None:
+            suite = fsc_suite(evaluation.maps["half_a"], evaluation.maps["half_b"], pixel_size_a, self.linear.mask)
+            curves |= {name: curve for name, curve in suite.curves.items() if name != "masked"}
+            summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
+            for warning in suite.warnings:
+                logger.warning("linear half maps: %s", warning)
         save_config(self.config, self.run.folder / "config.yaml")
         write_run_outputs(
             self.run.folder,
             maps=evaluation.maps,
             mixtures=mixtures,
-            curves=evaluation.curves,
+            curves=curves,
             summary=summary,
+            for_the_eye=evaluation.for_the_eye(),
+            suite=suite,
             pixel_size_a=pixel_size_a,
             metrics=read_metrics(self.run.folder / "metrics.csv"),
             overwrite=True,
@@ -300,21 +326,32 @@ def _hardware(world: distributed.World) -> str:
     )
 
 
+_LIMITS = {"at_nyquist": " (Nyquist)", "at_limit_of_data": " or better (the data say nothing beyond)"}
+
+
 def ending(summary: dict[str, Any]) -> str:
     """The last words of a run: what came out, what it is worth, where it lies."""
     folder = Path(summary["run_dir"])
 
     def angstrom(name):
-        value, at_nyquist = summary.get(f"resolution_{name}_a"), summary.get(f"resolution_{name}_at_nyquist")
-        return "none" if value is None else f"{value:.2f} A" + (" (Nyquist)" if at_nyquist else "")
+        value, error = summary.get(f"{name}_a"), summary.get(f"{name}_error_a")
+        limit = next((words for key, words in _LIMITS.items() if summary.get(f"{name}_{key}")), "")
+        return "none" if value is None else f"{value:.2f} A" + (f" +- {error:.2f}" if error else "") + limit
 
     rows = [("Gaussians, particles", f"{summary['gaussians']:,} a model, {summary['particles']:,}")]
     if summary.get("resolution_naive_a") is not None:
-        rows.append(
-            ("naive resolution", f"{angstrom('naive')} (half maps, FSC 0.143; not calibrated: it says too much)")
-        )
+        rows += [
+            ("resolution", f"{angstrom('resolution')} (delivered map, calibrated FSC 0.5, under {summary['mask']})"),
+            (
+                "naive resolution",
+                f"{angstrom('resolution_naive')} (half maps of mixtures, FSC 0.143: they share the model's bias, so it "
+                "says too much)",
+            ),
+        ]
     if summary.get("fsc_truth_mean") is not None:
-        rows.append(("against the truth", f"{angstrom('truth')} (FSC 0.5), mean FSC {summary['fsc_truth_mean']:.3f}"))
+        rows.append(
+            ("against the truth", f"{angstrom('resolution_truth')} (FSC 0.5), mean FSC {summary['fsc_truth_mean']:.3f}")
+        )
     rate, processes = summary.get("images_per_second"), summary["world_size"]
     rows += [
         ("time", f"{summary['training_seconds']:.0f} s of training" + (f", {rate:.0f} images/s" if rate else "")),
@@ -325,7 +362,9 @@ def ending(summary: dict[str, Any]) -> str:
         ("map", str(folder / "map.mrc")),
     ]
     if summary.get("resolution_naive_a") is not None:
-        rows.append(("half maps", f"{folder / 'half_a.mrc'}, {folder / 'half_b.mrc'}"))
+        rows.append(("half maps", f"{folder / 'half_a.mrc'}, half_b.mrc (linear, unfiltered: for deposition)"))
+        rows.append(("parts of the map", f"{folder / 'mixture.mrc'}, linear.mrc"))
+        rows.append(("filter and sharpen", f"cryosplat postprocess {folder} -o {folder / 'postprocess'}"))
     rows += [
         ("Gaussians", f"{folder / 'gaussians.npz'}, .ply"),
         ("plots", ", ".join(str(folder / name) for name in ("fsc.png", "sections.png", "projections.png", "loss.png"))),

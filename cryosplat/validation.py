@@ -71,7 +71,7 @@ def validate(
     folder = Path(run_dir).expanduser().resolve()
     run, config = _read_run(folder)
     base = _base(folder, config)
-    share = verdicts.independent_share(_mask(config, base))
+    error = verdicts.noise_error(run.box, _mask(config, base))
     unknown = [test for test in tests if test not in TESTS]
     if unknown or not tests:
         raise InputError(f"--tests {','.join(unknown)}: expected some of {','.join(TESTS)}")
@@ -80,10 +80,10 @@ def validate(
     if "phases" in tests:
         shell_a = null_shell_a or choose_null_shell(run)
         records.append(job.run("phases", "data.null=phases", f"data.null_shell_a={shell_a!r}"))
-        checks.append(verdicts.judge_phases(run, records[-1], shell_a, share))
+        checks.append(verdicts.judge_phases(run, records[-1], shell_a, error))
     if "noise" in tests:
         records.append(job.run("noise", "data.null=noise"))
-        checks.append(verdicts.judge_noise(run, records[-1], share))
+        checks.append(verdicts.judge_noise(run, records[-1], error))
     if "holdout" in tests:
         few = min(max(HOLDOUT, HOLDOUT_IMAGES / run.summary["particles"]), LARGEST_HOLDOUT)
         fraction = config.data.holdout or round(few, 3)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
-from cryosplat.fsc import FscCurve, resolution, shell_index
+from cryosplat.fsc import FscCurve, resolution
 from cryosplat.metrics import HOLDOUT_COLUMNS, read_metrics
 from cryosplat.records import Record
+from cryosplat.uncertainty import independent_voxels, standard_error
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 
@@ -17,9 +18,9 @@ MARGIN_SHELLS = 2
 """Shells beyond the null shell that are not judged: interpolation and the molecule's outline mix neighbours."""
 
 INDEPENDENT_SHARE = 0.5
-"""Of the Fourier voxels of an unmasked map, those that count as independent: insertion correlates neighbours. Measured
-on noise (32 px, 600 images): 0.9 with trilinear insertion on the map's own grid, 1 on one twice as fine. The rest is
-caution, because a FAIL says that somebody's halves share images."""
+"""Of the Fourier voxels that are independent in white noise, those counted here: insertion correlates neighbours.
+Measured on noise (32 px, 600 images): 0.9 with trilinear insertion on the map's own grid, 1 on one twice as fine. The
+rest is caution, because a FAIL says that somebody's halves share images."""
 
 STANDARD_ERRORS = 4.0
 """At which a mean FSC is held to differ from 0: by chance once in 30,000 tests."""
@@ -34,8 +35,9 @@ their noise than by what they have in common."""
 FALL_LIMIT = 0.05
 """Share of its peak by which the held-out gain may fall while training goes on."""
 
-NULL_SHELL_LIMIT = 3
-"""Last shell that a calibrated resolution may reach on pure noise: shells of a few voxels correlate by chance."""
+NULL_SHELL_LIMIT = 4
+"""Last shell that a calibrated resolution may reach on pure noise: shells of a few voxels correlate by chance, and
+calibration does not ask the first ones whether they are above it."""
 
 SAME_MAP_FSC = 0.5
 """Least FSC of the maps of two seeds at the claimed resolution: below it more than half of that shell is chance."""
@@ -78,35 +80,14 @@ class Panel:
     in_pairs: bool = False
 
 
-def independent_share(mask: np.ndarray | None) -> float:
-    """Share of the Fourier voxels that count as independent in noise maps under a mask m (D, D, D) of n voxels.
-
-    That is (sum m^2)^2 / (n sum m^4) of what it is without one: the transform of m^2 is the correlation of two voxels,
-    and the sum of its squares over all pairs is the variance of an FSC. Pairs in different shells are counted too,
-    which makes the share somewhat too small, and a FAIL rarer.
-    """
-    if mask is None:
-        return INDEPENDENT_SHARE
-    squares = np.asarray(mask, dtype=np.float64) ** 2
-    return float(INDEPENDENT_SHARE * squares.sum() ** 2 / (squares.size * (squares**2).sum()))
+def noise_error(box: int, mask: np.ndarray | None = None) -> np.ndarray:
+    """Standard error (box//2+1,) of the FSC of two linear maps of independent noise under a mask (D, D, D)."""
+    return standard_error(np.zeros(box // 2 + 1), INDEPENDENT_SHARE * independent_voxels(box, mask))
 
 
-def fsc_error(box: int, independent: float = INDEPENDENT_SHARE) -> np.ndarray:
-    """Standard error (box//2+1,) of the FSC of two maps of independent noise, 1 / sqrt(independent voxels).
-
-    A shell of N Fourier voxels (both mates counted) has N / 2 complex numbers, so the real part of their correlation
-    has the variance 1 / N (Saxton & Baumeister, J. Microsc. 127 (1982) 127).
-    """
-    shells = shell_index(box)
-    mates = np.full(shells.shape, 2)
-    mates[..., 0], mates[..., -1] = 1, 1
-    voxels = np.bincount(shells.ravel(), mates.ravel())[: box // 2 + 1]
-    return 1 / np.sqrt(independent * voxels)
-
-
-def _excess(curve: FscCurve, first: int, independent: float) -> tuple[float, float]:
+def _excess(curve: FscCurve, first: int, error: np.ndarray) -> tuple[float, float]:
     """Mean of a curve from shell ``first`` on and its standard error, were it noise; shells weigh by their voxels."""
-    weights = fsc_error(curve.box, independent)[first:] ** -2
+    weights = error[first:] ** -2
     known = np.isfinite(curve.fsc[first:])
     if not known.any():
         return float("nan"), float("nan")
@@ -114,17 +95,17 @@ def _excess(curve: FscCurve, first: int, independent: float) -> tuple[float, flo
     return float((values * weights).sum() / weights.sum()), float(weights.sum() ** -0.5)
 
 
-def _shared(check: Check, null: Record, first: int, independent: float) -> None:
-    """Whether the linear half maps of images without signal have anything in common."""
+def _shared(check: Check, null: Record, first: int, error: np.ndarray) -> None:
+    """Whether the linear half maps of images without signal have anything in common from shell ``first`` on."""
     if "linear_half_maps" not in null.curves:
         check.say(INCONCLUSIVE, "the run has no linear half maps, so whether halves share images cannot be seen here.")
         return
-    mean, error = _excess(null.curves["linear_half_maps"], first, independent)
-    check.numbers |= {"linear_mean_fsc": mean, "linear_standard_error": error}
-    words = f"the linear half maps' mean FSC there is {mean:+.4f} (standard error {error:.4f})"
+    mean, of_mean = _excess(null.curves["linear_half_maps"], first, error)
+    check.numbers |= {"linear_mean_fsc": mean, "linear_standard_error": of_mean}
+    words = f"the linear half maps' mean FSC from {null.angstrom(first):.2f} A on is {mean:+.4f} (error {of_mean:.4f})"
     if not np.isfinite(mean):
         check.say(INCONCLUSIVE, "the linear half maps have no FSC there.")
-    elif mean > STANDARD_ERRORS * error:
+    elif mean > STANDARD_ERRORS * of_mean:
         check.say(FAIL, f"{words}: nothing is there to correlate but the images themselves. The halves share images.")
     else:
         check.say(PASS, f"{words}, as of halves that share nothing.")
@@ -136,9 +117,8 @@ def _finer(record: Record, one_a: float, other_a: float) -> bool:
     return one > other * (1 + CLAIM_TOLERANCE) and one > other + MARGIN_SHELLS
 
 
-def judge_phases(run: Record, null: Record, null_shell_a: float, independent: float = INDEPENDENT_SHARE) -> Check:
-    """The run beside one of the same images with random phases from ``null_shell_a`` on; ``independent`` as
-    ``independent_share`` gives it."""
+def judge_phases(run: Record, null: Record, null_shell_a: float, error: np.ndarray) -> Check:
+    """The run beside one of the same images with random phases from ``null_shell_a`` on; ``error``: ``noise_error``."""
     shell = run.shell(null_shell_a)
     first = int(np.ceil(shell - 1e-6)) + MARGIN_SHELLS
     check = Check(
@@ -150,9 +130,13 @@ def judge_phases(run: Record, null: Record, null_shell_a: float, independent: fl
     if first > run.box // 2:
         check.say(INCONCLUSIVE, f"no shell is left beyond {null_shell_a:.2f} A and its margin.")
         return check
-    _shared(check, null, first, independent)
+    # The outer half: what a mask or the window of insertion carries over from the strong shells below ends before it,
+    # what halves have in common does not.
+    _shared(check, null, (first + run.box // 2) // 2, error)
     truly = _corrected(run, null, first)
-    corrected_a = resolution(truly, RESOLUTION_THRESHOLD_HALF_MAPS).angstrom
+    corrected = resolution(truly, RESOLUTION_THRESHOLD_HALF_MAPS)
+    naive = resolution(run.curves["half_maps"], RESOLUTION_THRESHOLD_HALF_MAPS)
+    corrected_a = corrected.angstrom
     inflation = float(np.nanmean(null.curves["half_maps"].fsc[first:]))
     check.numbers |= {
         "null_shell_a": null_shell_a,
@@ -162,10 +146,10 @@ def judge_phases(run: Record, null: Record, null_shell_a: float, independent: fl
     check.say(
         None,
         f"the mixtures' half maps have a mean FSC of {inflation:+.3f} there from the model alone; with that taken off, "
-        f"their resolution is {corrected_a:.2f} A instead of {_angstrom(run.summary.get('resolution_naive_a'))}.",
+        f"their resolution is {corrected} instead of {naive}.",
     )
     _judge_claim(check, run, null, null_shell_a, corrected_a)
-    check.panels.append(_phases_panel(run, null, truly, shell, independent))
+    check.panels.append(_phases_panel(run, null, truly, shell, error))
     return check
 
 
@@ -217,7 +201,7 @@ def _compare_halves(check: Check, run: Record, corrected_a: float) -> None:
         check.say(PASS, f"{words}.")
 
 
-def _phases_panel(run: Record, null: Record, truly: FscCurve, shell: float, independent: float) -> Panel:
+def _phases_panel(run: Record, null: Record, truly: FscCurve, shell: float, error: np.ndarray) -> Panel:
     lines = {"mixtures": run.curves["half_maps"], "mixtures, null": null.curves["half_maps"], "mixtures, true": truly}
     for label, record, name in (
         ("linear", run, "linear_half_maps"),
@@ -226,29 +210,29 @@ def _phases_panel(run: Record, null: Record, truly: FscCurve, shell: float, inde
     ):
         if name in record.curves:
             lines[label] = record.curves[name]
-    return fsc_panel("phases random beyond the line", lines, shell, independent)
+    return fsc_panel("phases random beyond the line", lines, shell, error)
 
 
 def fsc_panel(
-    title: str, curves: Mapping[str, FscCurve], shell: float | None = None, independent: float | None = None
+    title: str, curves: Mapping[str, FscCurve], shell: float | None = None, error: np.ndarray | None = None
 ) -> Panel:
     """FSC curves of one grid over frequency, with a line at a shell, and the band of noise of linear maps."""
     first = next(iter(curves.values()))
     mark = None if shell is None else shell / (first.box * first.pixel_size_a)
-    noise = None if independent is None else STANDARD_ERRORS * fsc_error(first.box, independent)[1:]
+    noise = None if error is None else STANDARD_ERRORS * error[1:]
     lines = {label: curve.fsc[1:] for label, curve in curves.items()}
     return Panel(title, "spatial frequency (1/Å)", "FSC", first.frequency[1:], lines, noise, mark)
 
 
-def judge_noise(run: Record, null: Record, independent: float = INDEPENDENT_SHARE) -> Check:
-    """The run beside one of pure noise with the same poses, CTF and halves."""
+def judge_noise(run: Record, null: Record, error: np.ndarray) -> Check:
+    """The run beside one of pure noise with the same poses, CTF and halves; ``error``: ``noise_error``."""
     check = Check(
         "noise",
         "Every image was replaced by noise of its own level and spectrum, and all was trained anew.",
         "Linear half maps have nothing in common and no resolution is claimed. Mixtures share their outline at low "
         "resolution; beyond that they should have nothing in common either.",
     )
-    _shared(check, null, 1, independent)
+    _shared(check, null, 1, error)
     naive_a, claim = null.summary.get("resolution_naive_a"), run.claim
     check.numbers |= {"naive_resolution_of_noise_a": naive_a, "calibrated_resolution_of_noise_a": None}
     check.say(None, f"the mixtures' half maps agree to {_angstrom(naive_a)} on noise: no naive number beyond that.")
@@ -267,7 +251,7 @@ def judge_noise(run: Record, null: Record, independent: float = INDEPENDENT_SHAR
         check.say(FAIL if claims else PASS, f"calibration claims {_angstrom(of_noise)} for noise.")
     names = {"half_maps": "mixtures", "linear_half_maps": "linear", "calibrated_map": "calibrated map"}
     curves = {label: null.curves[name] for name, label in names.items() if name in null.curves}
-    check.panels.append(fsc_panel("pure noise", curves, independent=independent))
+    check.panels.append(fsc_panel("pure noise", curves, error=error))
     return check
 
 
@@ -284,8 +268,11 @@ def judge_holdout(run: Record, fraction: float) -> Check:
         gain, trained = table[f"gain_{model}"], table[f"trained_{model}"]
         if len(gain) and np.isfinite(gain[-1]) and np.isfinite(trained[-1]):
             _judge_curve(check, model, gain, trained, table)
-    both = {f"{label}, {model}": table[f"{column}_{model}"] for model in ("full", "half_a", "half_b")
-            for column, label in (("gain", "held out"), ("trained", "trained"))}  # fmt: skip
+    both = {
+        f"{label}, {model.replace('_', ' ')}": table[f"{column}_{model}"]
+        for model in ("full", "half_a", "half_b")
+        for column, label in (("gain", "held out"), ("trained", "trained"))
+    }
     shown = {label: values for label, values in both.items() if np.isfinite(values).any()}
     title = f"{int(table['images'][-1])} held-out images"
     check.panels.append(Panel(title, "epoch", "gain (nats an image)", table["epoch"], shown, in_pairs=True))

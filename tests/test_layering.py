@@ -23,9 +23,10 @@ LAYERS = (
     ("reconstruction", "inspection", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
+    ("linearmaps",),
     ("evaluation", "trainer", "holdout"),
     # What people call.
-    ("train", "validation"),
+    ("train", "validation", "backprojectcommand"),
     ("cli",),
 )
 

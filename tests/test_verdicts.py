@@ -15,6 +15,7 @@ from cryosplat.verdicts import FAIL, INCONCLUSIVE, PASS
 
 BOX, PIXEL = 64, 2.0
 SHELLS = np.arange(BOX // 2 + 1)
+ERROR = verdicts.noise_error(BOX)
 
 
 def falling(shell, width=3.0):
@@ -23,7 +24,12 @@ def falling(shell, width=3.0):
 
 
 def noise(seed, scale=1.0):
-    return scale * np.random.default_rng(seed).standard_normal(len(SHELLS)) * verdicts.fsc_error(BOX, 1.0)
+    return (
+        scale
+        * np.random.default_rng(seed).standard_normal(len(SHELLS))
+        * verdicts.noise_error(BOX)
+        * verdicts.INDEPENDENT_SHARE**0.5
+    )
 
 
 def angstrom(shell):
@@ -35,14 +41,13 @@ def record(summary=None, **curves):
     return Record(Path("run"), known, {name: FscCurve(np.asarray(y), BOX, PIXEL) for name, y in curves.items()})
 
 
-def test_the_band_is_that_of_noise_and_with_a_mask_a_little_wider():
+def test_the_band_is_that_of_noise_and_wider_by_what_is_granted_to_insertion():
     rng = np.random.default_rng(0)
     z, y, x = np.indices((24, 24, 24)) - 12
-    for mask, least in ((None, 0.95), (np.exp(-(x**2 + y**2 + z**2) / 60.0), 0.65)):
-        share = verdicts.independent_share(mask) / verdicts.INDEPENDENT_SHARE
+    for mask in (None, np.exp(-(x**2 + y**2 + z**2) / 60.0)):
         pairs = [fsc(*rng.standard_normal((2, 24, 24, 24)), 1.0, mask).fsc for _ in range(120)]
-        measured = np.std(pairs, axis=0)[3:]  # under a mask shells of few voxels have one value and no more
-        assert least < np.mean(measured / verdicts.fsc_error(24, share)[3:]) < 1.05
+        wider = verdicts.noise_error(24, mask)[3:] / np.std(pairs, axis=0)[3:]
+        assert np.mean(wider) == pytest.approx(verdicts.INDEPENDENT_SHARE**-0.5, rel=0.1)
 
 
 RUN = {"resolution_naive_a": angstrom(20)}
@@ -64,44 +69,57 @@ def null_of_phases(summary=None, linear=0.0, mixtures=0.0, first=12):
 
 def test_a_calibrated_run_whose_null_says_nothing_passes():
     null = null_of_phases({"resolution_a": angstrom(13)}, mixtures=0.4)
-    check = verdicts.judge_phases(calibrated_run(), null, angstrom(12))
+    check = verdicts.judge_phases(calibrated_run(), null, angstrom(12), ERROR)
     assert check.verdict == PASS, check.found
     assert check.numbers["mixtures_mean_fsc"] == pytest.approx(0.4, abs=0.02)
 
 
 def test_the_correction_is_chens():
     run, null = record(RUN, half_maps=np.where(SHELLS > 10, 0.6, 1.0)), null_of_phases(mixtures=0.5)
-    check = verdicts.judge_phases(run, null, angstrom(12))
+    check = verdicts.judge_phases(run, null, angstrom(12), ERROR)
     line = check.panels[0].lines["mixtures, true"]
     expected = (0.6 - null.curves["half_maps"].fsc[14:]) / (1 - null.curves["half_maps"].fsc[14:])
     np.testing.assert_allclose(line[13:], expected)
 
 
 def test_linear_halves_that_agree_on_random_phases_share_images():
-    check = verdicts.judge_phases(calibrated_run(), null_of_phases(linear=0.05), angstrom(12))
+    check = verdicts.judge_phases(calibrated_run(), null_of_phases(linear=0.05), angstrom(12), ERROR)
     assert check.verdict == FAIL and "The halves share images" in " ".join(check.found)
 
 
+def test_what_leaks_over_the_null_shell_is_not_taken_for_shared_images():
+    null = null_of_phases()
+    null.curves["linear_half_maps"].fsc[12:17] += [0.6, 0.3, 0.2, 0.1, 0.1]
+    assert verdicts.judge_phases(calibrated_run(), null, angstrom(12), ERROR).verdict == PASS
+
+
 def test_a_calibration_that_finds_resolution_where_there_is_none_fails():
-    check = verdicts.judge_phases(calibrated_run(), null_of_phases({"resolution_a": angstrom(18)}), angstrom(12))
+    check = verdicts.judge_phases(calibrated_run(), null_of_phases({"resolution_a": angstrom(18)}), angstrom(12), ERROR)
     assert check.verdict == FAIL and "cannot be trusted" in " ".join(check.found)
 
 
 def test_calibrated_halves_finer_than_the_correction_fail():
     run = calibrated_run(calibrated_half_a=falling(30) ** 0.5, calibrated_half_b=falling(30) ** 0.5)
-    check = verdicts.judge_phases(run, null_of_phases(mixtures=0.6), angstrom(12))
+    check = verdicts.judge_phases(run, null_of_phases(mixtures=0.6), angstrom(12), ERROR)
     assert check.verdict == FAIL and "calibration says too much" in " ".join(check.found)
 
 
 def test_a_naive_resolution_that_is_the_models_doing_fails_and_one_that_stands_passes():
     run = record({"resolution_naive_a": angstrom(31)}, half_maps=falling(26))
-    assert verdicts.judge_phases(run, null_of_phases(mixtures=0.7), angstrom(12)).verdict == FAIL
+    assert verdicts.judge_phases(run, null_of_phases(mixtures=0.7), angstrom(12), ERROR).verdict == FAIL
     run = record({"resolution_naive_a": angstrom(21)}, half_maps=falling(16))
-    assert verdicts.judge_phases(run, null_of_phases(), angstrom(12)).verdict == PASS
+    assert verdicts.judge_phases(run, null_of_phases(), angstrom(12), ERROR).verdict == PASS
+
+
+def test_a_run_that_was_calibrated_without_a_result_claims_nothing():
+    run = calibrated_run()
+    run.summary["resolution_a"] = None
+    assert run.claim is None
+    assert verdicts.judge_noise(run, noise_run(), ERROR).found[-1] == "INCONCLUSIVE: the run claims no resolution."
 
 
 def test_without_shells_beyond_the_null_nothing_is_judged():
-    assert verdicts.judge_phases(calibrated_run(), null_of_phases(), angstrom(31)).verdict == INCONCLUSIVE
+    assert verdicts.judge_phases(calibrated_run(), null_of_phases(), angstrom(31), ERROR).verdict == INCONCLUSIVE
 
 
 def noise_run(summary=None, linear=0.0, mixtures=3.0):
@@ -118,13 +136,13 @@ def noise_run(summary=None, linear=0.0, mixtures=3.0):
     ],
 )
 def test_on_noise_calibration_says_nothing_and_halves_share_nothing(null, verdict):
-    assert verdicts.judge_noise(calibrated_run(), null).verdict == verdict
+    assert verdicts.judge_noise(calibrated_run(), null, ERROR).verdict == verdict
 
 
 def test_a_naive_resolution_that_noise_gives_too_fails():
     run = record(RUN, half_maps=falling(16))
-    assert verdicts.judge_noise(run, noise_run({"resolution_naive_a": angstrom(20)})).verdict == FAIL
-    assert verdicts.judge_noise(run, noise_run({"resolution_naive_a": angstrom(4)})).verdict == PASS
+    assert verdicts.judge_noise(run, noise_run({"resolution_naive_a": angstrom(20)}), ERROR).verdict == FAIL
+    assert verdicts.judge_noise(run, noise_run({"resolution_naive_a": angstrom(4)}), ERROR).verdict == PASS
 
 
 def held_out_run(folder, gain, trained, error=0.1):
@@ -176,7 +194,8 @@ def test_a_record_reads_gaps_as_nan_and_refuses_what_is_no_run(tmp_path):
     with pytest.raises(InputError, match=r"summary\.json: no such file; only a complete run"):
         read_record(tmp_path)
     (tmp_path / "summary.json").write_text('{"box": 4, "pixel_size_a": 2.0}')
-    (tmp_path / "fsc.csv").write_text("shell,resolution_a,frequency_inv_a,half_maps\n1,8,0.125,0.5\n2,4,0.25,\n")
+    (tmp_path / "fsc.csv").write_text("shell,resolution_a,half_maps,half_maps_error\n1,8,0.5,0.1\n2,4,,0.1\n")
+    assert read_record(tmp_path).curves.keys() == {"half_maps"}
     np.testing.assert_array_equal(read_record(tmp_path).curves["half_maps"].fsc, [1, 0.5, np.nan])
     (tmp_path / "fsc.csv").write_text("shell,half_maps\n1,much\n")
     with pytest.raises(InputError, match="not as a run writes it"):

@@ -1,0 +1,83 @@
+"""The linear half maps of a run, the mask that everything is measured under, and what the two say of the truth."""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from cryosplat.backprojection import LinearHalf, linear_half
+from cryosplat.calibration import Calibration
+from cryosplat.errors import InputError
+from cryosplat.fsc import FscCurve, fsc
+from cryosplat.masks import mask_from_map, spherical_mask
+
+logger = logging.getLogger(__name__)
+
+EMPTY_SHARE = 0.01
+"""Share of the Fourier voxels within Nyquist that may be empty before that is said."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMaps:
+    """Both linear half maps, on rank 0.
+
+    Attributes:
+        halves: of half a and half b.
+        mask: (D, D, D) float32, 0 to 1.
+        mask_origin: where it comes from, in words.
+        pixel_size_a: A/px.
+    """
+
+    halves: tuple[LinearHalf, LinearHalf]
+    mask: np.ndarray
+    mask_origin: str
+    pixel_size_a: float
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What the half maps say of the truth, under the mask."""
+        return Calibration(self.halves, self.mask, self.pixel_size_a)
+
+    @cached_property
+    def curve(self) -> FscCurve:
+        """FSC of the two half maps under the mask."""
+        return fsc(self.halves[0].map, self.halves[1].map, self.pixel_size_a, self.mask)
+
+    @property
+    def empty_share(self) -> float:
+        """Share of the Fourier voxels within Nyquist that no image of a half has told of; the larger of the halves'."""
+        inside = self.calibration.sums.inside
+        return max(float(np.isinf(half.variance[inside]).mean()) for half in self.halves)
+
+
+def linear_maps(sums: Tensor, box: int, pixel_size_a: float, mask: np.ndarray | None, mask_name: str) -> LinearMaps:
+    """Solve for both half maps, and find a mask round the molecule where none is given.
+
+    Args:
+        sums: (2, P, P, P//2+1, 4) of all ranks.
+        box: D.
+        pixel_size_a: A/px.
+        mask: (D, D, D) or None.
+        mask_name: what to call the given mask.
+    """
+    halves = (linear_half(sums[0], box), linear_half(sums[1], box))
+    origin = mask_name
+    if mask is None:
+        mask, origin = _made(halves[0].map + halves[1].map, pixel_size_a)
+    maps = LinearMaps(halves, np.asarray(mask, dtype=np.float32), origin, pixel_size_a)
+    if maps.empty_share > EMPTY_SHARE:
+        logger.warning(
+            "%.0f %% of the Fourier voxels of a half map are empty: views are missing, and no resolution holds there",
+            100 * maps.empty_share,
+        )
+    return maps
+
+
+def _made(total: np.ndarray, pixel_size_a: float) -> tuple[np.ndarray, str]:
+    try:
+        return mask_from_map(total, pixel_size_a), "made from the linear map of both halves"
+    except InputError as error:
+        logger.warning("%s; everything is measured under a sphere instead", error)
+        return spherical_mask(len(total)), "a sphere, because no molecule stands out in the linear map"
