@@ -62,7 +62,7 @@ class LinearHalf:
     """The linear reconstruction of one half set.
 
     Attributes:
-        map: (D, D, D) float32, [z, y, x], in the units of a mixture's map.
+        map: (D, D, D) float32, [z, y, x], in the units of a mixture's map; its transform is zero where empty.
         variance: (D, D, D//2+1) float32, of the noise of the map's transform (``rfftn``) by voxel, up to a factor near
             1; infinite where empty.
     """
@@ -139,7 +139,10 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
     volume = grid.solve(numerator, inverse)
     residual = numerator.sub_(grid.from_map(volume).mul_(denominator))
     volume += grid.solve(residual, inverse)
-    return LinearHalf(volume.cpu().numpy(), variance.cpu().numpy())
+    del numerator, residual, inverse
+    # Cropping has filled the empty voxels from their neighbours, with what is at the box's edges above all.
+    known = torch.fft.rfftn(volume).masked_fill_(variance.isinf(), 0)
+    return LinearHalf(torch.fft.irfftn(known, s=volume.shape).cpu().numpy(), variance.cpu().numpy())
 
 
 def _hermitian(grid: Tensor) -> Tensor:
