@@ -103,8 +103,8 @@ class Calibration:
         self.noise = np.maximum(noise, 1e-30)
         for _ in range(2):  # the weights depend on the result, weakly
             table = np.maximum(truth, SAFE_POWER * self.noise)
-            weights = 1 / (by_shell(table, self.sums) + by_shell(self.noise, self.sums) * pattern) ** 2
-            weights *= by_shell((table + self.noise) ** 2, self.sums)
+            share = by_shell(table / (table + self.noise), self.sums)  # of the truth: scaled, so that nothing overflows
+            weights = 1 / (share + (1 - share) * pattern) ** 2
             weights[~seen] = 0
             self.truth, self.weight = self.sums.cross(*self.spectra, weights), self.sums(weights.astype(np.float32))
             truth = smooth(self.truth.sum(1) / np.maximum(self.weight.sum(1), 1e-30))
@@ -139,7 +139,7 @@ class Calibration:
         uncertain = np.flatnonzero(~sure[1:]) + 1
         last = int(uncertain[0]) - 1 if len(uncertain) else len(sure) - 1
         values, errors = jackknife(to_truth, cross, power, self.truth, self.weight, voxels)
-        values, errors = np.minimum(values, 1.0), np.minimum(errors, 1.0)
+        values, errors = np.clip(values, -1.0, 1.0), np.minimum(errors, 1.0)
         values[0], errors[0] = 1.0, 0.0  # the mean density, which takes part in nothing
         values[last + 1 :], errors[last + 1 :] = np.nan, np.nan
         return Calibrated(FscCurve(values, self.box, self.pixel_size_a, errors), last)

@@ -76,9 +76,8 @@ def test_jackknife_errors_of_a_correlation_of_maps_are_those_of_a_simulation():
     sums, found, errors = SectorSums(box), [], []
     for seed in range(60):
         spectrum, other = (masked_spectrum(truth + 0.7 * truth.std() * noise(box, 2 * seed + k)) for k in (0, 1))
-        value, error = jackknife(
-            lambda cross, power: smooth(cross / np.maximum(power, 1e-30)), sums.cross(spectrum, other), sums.cross(spectrum, spectrum)
-        )
+        sums_of_both = sums.cross(spectrum, other), sums.cross(spectrum, spectrum)
+        value, error = jackknife(lambda cross, power: smooth(cross / np.maximum(power, 1e-30)), *sums_of_both)
         found.append(value)
         errors.append(error)
     ratio = np.sqrt(np.mean(np.square(errors), 0)) / np.std(found, 0)
