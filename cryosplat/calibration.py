@@ -16,7 +16,6 @@ Errors are jackknife errors over sectors of Fourier space. Where <T, T> is not t
 can be said, and the curve ends.
 """
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +25,6 @@ from cryosplat.backprojection import LinearHalf
 from cryosplat.conventions import RESOLUTION_THRESHOLD_TRUTH, shell_to_angstrom
 from cryosplat.fsc import FscCurve, Resolution, masked_spectrum, resolution
 from cryosplat.sectors import SectorSums, jackknife, smooth
-
-logger = logging.getLogger(__name__)
 
 CERTAINTY = 3.0
 """Standard errors that the truth's power must be above zero."""
