@@ -207,7 +207,7 @@ def transfer(map_truth: np.ndarray, truth_truth: np.ndarray) -> np.ndarray:
 
 
 def _followed(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """A curve (S,) of uncertain values followed from shell to shell (a Kalman filter for a random walk, ``WANDER`` a step).
+    """A curve (S,) of uncertain values followed from shell to shell (a Kalman filter for a random walk).
 
     Where the data tell gamma it is what they tell; where they fall silent it stays what it was in the last shells where
     they spoke. It is never negative.
