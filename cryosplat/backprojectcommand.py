@@ -58,9 +58,8 @@ def run(args: argparse.Namespace) -> None:
             return
         for name, path in paths.items():
             write_map(path, maps[name], pixel_size_a)
-    print(
-        f"{folder}: {', '.join(f'{name}.mrc' for name in names)}, box {len(maps['unregularised'])} px, symmetry {args.sym}"
-    )
+    written = ", ".join(f"{name}.mrc" for name in names)
+    print(f"{folder}: {written}, box {len(maps['unregularised'])} px, symmetry {args.sym}")
     for line in [*words, f"{time.perf_counter() - began:.1f} s"]:
         print(f"  {line}")
 

@@ -96,7 +96,7 @@ class Calibration:
         voxels = np.maximum(self.sums.voxels.sum(1), 1)
         truth = smooth(cross.sum(1) / voxels)
         noise = smooth((power[0] + power[1]) / (2 * voxels)) - truth
-        pattern = relative_variance(halves, seen, self.sums)
+        pattern = relative_variance(halves, seen, self.mask, self.sums)
         self.noise = np.maximum(noise, 1e-30)
         for _ in range(2):  # the weights depend on the result, weakly
             table = np.maximum(truth, SAFE_POWER * self.noise)
@@ -147,10 +147,25 @@ def by_shell(table: np.ndarray, sums: SectorSums) -> np.ndarray:
     return np.asarray(table, dtype=np.float32)[sums.shell]
 
 
-def relative_variance(halves: tuple[LinearHalf, LinearHalf], seen: np.ndarray, sums: SectorSums) -> np.ndarray:
-    """Noise variance (D, D, D//2+1) of the mean of two half maps, as a multiple of its shell's mean."""
-    variance = np.where(seen, halves[0].variance + halves[1].variance, 0)
-    mean = sums(variance).sum(1) / np.maximum(sums(seen.astype(np.float32)).sum(1), 1)
+def relative_variance(
+    halves: tuple[LinearHalf, LinearHalf], seen: np.ndarray, mask: np.ndarray | None, sums: SectorSums
+) -> np.ndarray:
+    """Noise variance (D, D, D//2+1) of the mean of two half maps under a mask, as a multiple of its shell's mean.
+
+    A mask m convolves the transform with its own, so noise that differs from voxel to voxel has the variance convolved
+    with |F[m]|^2: in real space, its transform times the autocorrelation of the mask.
+    """
+    variance = _over_shell_mean(np.where(seen, halves[0].variance + halves[1].variance, 0), seen, sums)
+    if mask is None:
+        return variance
+    shape = (sums.box,) * 3
+    autocorrelation = scipy.fft.irfftn(np.abs(scipy.fft.rfftn(np.asarray(mask, dtype=np.float32))) ** 2, shape)
+    mixed = scipy.fft.rfftn(scipy.fft.irfftn(variance.astype(np.complex64), shape) * autocorrelation).real
+    return _over_shell_mean(np.maximum(mixed, 1e-6 * np.abs(mixed).max()), seen, sums)
+
+
+def _over_shell_mean(variance: np.ndarray, seen: np.ndarray, sums: SectorSums) -> np.ndarray:
+    mean = sums(variance * seen).sum(1) / np.maximum(sums(seen.astype(np.float32)).sum(1), 1)
     mean = by_shell(np.maximum(mean, 1e-30), sums)
     return np.where(seen, variance / mean, 1).astype(np.float32)
 
