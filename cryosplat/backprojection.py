@@ -54,6 +54,10 @@ with its square, a Gaussian of half of them; d, which has had the trilinear kern
 LEAST_NOISE = (KERNEL_VOXELS**2 / NARROW_VARIANCE) ** 1.5 * math.exp(2 / KERNEL_VOXELS**2 - 2 / NARROW_VARIANCE)
 """Noise variance over d, both averaged, of the voxel of EMPTY_COVERAGE. Further out it would be rounding errors."""
 
+BAND_LIMIT = 1e-3
+"""Noise power over the median of all lower shells with which the images end: they were low-passed. The weight of so
+little noise would outweigh the data of all other shells (seen: FSC of -0.5 in shell 1) with what is not there."""
+
 VIEWS_PER_INSERT = 256
 
 
@@ -72,9 +76,14 @@ class LinearHalf:
 
 
 def noise_variance(radial: np.ndarray, box: int) -> Tensor:
-    """Noise variance (2, D, D//2+1) of coefficients, from radial noise power (2, S) of either half."""
+    """Noise variance (2, D, D//2+1) of coefficients, from radial noise power (2, S) of either half.
+
+    Infinite from the first shell on that has been filtered out of the images.
+    """
+    level = np.stack([np.median(radial[:, : shell + 1], axis=1) for shell in range(radial.shape[1])], axis=1)
+    ended = np.maximum.accumulate(radial < BAND_LIMIT * level, axis=1)
     shells = np.minimum(shells_of_half_plane(box), radial.shape[1] - 1)
-    return torch.from_numpy(radial[:, shells]).float()
+    return torch.from_numpy(np.where(ended, np.inf, radial)[:, shells]).float()
 
 
 def back_project(

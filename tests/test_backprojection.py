@@ -7,9 +7,9 @@ import pytest
 import torch
 from halfmaps import molecule
 from test_distributed import run_ranks
-from views import PIXEL_SIZE_A, Views, even_views, random_ctf, random_shifts, tilted_views
+from views import PIXEL_SIZE_A, WORLD, Views, even_views, random_ctf, random_shifts, tilted_views
 
-from cryosplat.backprojection import linear_half
+from cryosplat.backprojection import back_project, linear_half
 from cryosplat.fsc import fsc
 from cryosplat.masks import spherical_mask
 from cryosplat.sectors import SectorSums
@@ -143,6 +143,20 @@ def test_a_cone_without_views_is_empty_and_nothing_in_it_grows(copies):
     # The views still see the rest: no more is empty than is left out of the cone of 60 degrees and a border.
     disc = (np.abs(full[:, None, None]) < radius * np.cos(np.radians(63))) & (radius > 1) & (radius < BOX / 2 - 1)
     assert seen[disc].all()
+
+
+def test_images_without_noise_beyond_a_shell_give_a_map_up_to_there():
+    """Images low-passed at shell 12 of 16, noise and all: no noise is no reason to believe in zeros."""
+    truth = molecule(BOX, 0.18)
+    views = views_of(truth, 400, True, noise=1.0)
+    ky, kx = np.fft.fftfreq(BOX, 1 / BOX)[:, None], np.fft.rfftfreq(BOX, 1 / BOX)
+    views.images *= torch.from_numpy(np.hypot(ky, kx) < 12.5)
+    full = views.map().map
+    radial = np.where(np.arange(BOX // 2 + 1) <= 12, 1.0, 0.0)[None].repeat(2, 0)
+    low_passed = linear_half(back_project(views, np.arange(400), radial, WORLD, halves=False)[0], BOX).map
+    assert np.isfinite(low_passed).all()
+    curves = [fsc(found, truth, PIXEL_SIZE_A).fsc[1:11] for found in (full, low_passed)]
+    assert (curves[1] > curves[0] - 0.03).all()
 
 
 def test_no_images_give_an_empty_map():
