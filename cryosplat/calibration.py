@@ -16,7 +16,6 @@ Errors are jackknife errors over sectors of Fourier space. Where <T, T> is not t
 can be said, and the curve ends.
 """
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +25,6 @@ from cryosplat.backprojection import LinearHalf
 from cryosplat.conventions import RESOLUTION_THRESHOLD_TRUTH, shell_to_angstrom
 from cryosplat.fsc import FscCurve, Resolution, masked_spectrum, resolution
 from cryosplat.sectors import SectorSums, jackknife, smooth
-
-logger = logging.getLogger(__name__)
 
 CERTAINTY = 3.0
 """Standard errors that the truth's power must be above zero."""
@@ -103,8 +100,8 @@ class Calibration:
         self.noise = np.maximum(noise, 1e-30)
         for _ in range(2):  # the weights depend on the result, weakly
             table = np.maximum(truth, SAFE_POWER * self.noise)
-            weights = 1 / (by_shell(table, self.sums) + by_shell(self.noise, self.sums) * pattern) ** 2
-            weights *= by_shell((table + self.noise) ** 2, self.sums)
+            share = by_shell(table / (table + self.noise), self.sums)  # of the truth: scaled, so that nothing overflows
+            weights = 1 / (share + (1 - share) * pattern) ** 2
             weights[~seen] = 0
             self.truth, self.weight = self.sums.cross(*self.spectra, weights), self.sums(weights.astype(np.float32))
             truth = smooth(self.truth.sum(1) / np.maximum(self.weight.sum(1), 1e-30))
@@ -139,7 +136,7 @@ class Calibration:
         uncertain = np.flatnonzero(~sure[1:]) + 1
         last = int(uncertain[0]) - 1 if len(uncertain) else len(sure) - 1
         values, errors = jackknife(to_truth, cross, power, self.truth, self.weight, voxels)
-        values, errors = np.minimum(values, 1.0), np.minimum(errors, 1.0)
+        values, errors = np.clip(values, -1.0, 1.0), np.minimum(errors, 1.0)
         values[0], errors[0] = 1.0, 0.0  # the mean density, which takes part in nothing
         values[last + 1 :], errors[last + 1 :] = np.nan, np.nan
         return Calibrated(FscCurve(values, self.box, self.pixel_size_a, errors), last)

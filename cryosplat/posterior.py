@@ -197,7 +197,9 @@ def _gamma(
     sure = ~known & (gain > error)  # mixtures tell all that the linear maps do, and more
     error = np.divide(to_y * error, alone, out=np.full_like(gain, np.inf), where=known)
     gamma[sure], error[sure] = LARGEST_GAMMA, 0.5 * LARGEST_GAMMA
-    return _followed(gamma, error), _followed(*jackknife(transfer, products[1], truth_truth / scale))
+    told, told_error = jackknife(transfer, products[1], truth_truth / scale)
+    told_error[smooth((truth_truth / scale).sum(1)) <= LEAST_POWER] = np.inf  # 0 there, whatever is left out
+    return _followed(gamma, error), _followed(told, told_error)
 
 
 def transfer(map_truth: np.ndarray, truth_truth: np.ndarray) -> np.ndarray:
