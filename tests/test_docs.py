@@ -191,6 +191,7 @@ def test_the_sharpened_map_has_the_files_and_the_record_the_keys_that_are_said(d
     assert {path.name for path in (desk.folder / "sharpened").iterdir()} == names(FORMATS, "## A sharpened map")
     record = json.loads((desk.folder / "sharpened/postprocess.json").read_text())
     assert set(record) == names(FORMATS, "## postprocess.json")
+    assert record["weighting"] == "truth" and record["fsc_from"].startswith("calibrated_map of runs/my")
 
 
 def test_every_key_of_the_summary_is_explained(desk):
