@@ -97,6 +97,7 @@ def test_an_unknown_resolution_is_left_out_and_not_logged_as_nan(tmp_path):
     assert "resolution/truth_0.5(A)" not in tags and "fsc/mean_truth" not in tags
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_calibrated_curve_of_which_nothing_is_known_is_left_out_without_a_warning(tmp_path):
     nothing = np.full(BOX // 2 + 1, np.nan)
     curves = {"calibrated_map": FscCurve(nothing, BOX, 2.0, nothing)}
