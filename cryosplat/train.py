@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from cryosplat import checkpoint, distributed
 from cryosplat.backprojection import back_project
 from cryosplat.config import Config, check_files, load_config, save_config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
-from cryosplat.errors import InputError, PeerError
+from cryosplat.errors import is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.fscsuite import fsc_suite
@@ -384,15 +383,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the configuration, train, and print the ending (rank 0)."""
-    first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-    try:
+    with said_by_the_first():
         config = load_config(args.config, args.settings)
-    except InputError as error:
-        if first:
-            raise
-        raise PeerError(str(error)) from error  # every rank finds the same; one says it
     summary = train(config)
-    if first:
+    if is_first_rank():
         print(ending(summary))
 
 
