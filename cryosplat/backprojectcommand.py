@@ -12,7 +12,7 @@ from cryosplat.backprojection import back_project, linear_half
 from cryosplat.config import Config, check_files, load_config
 from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.dataset import ParticleDataset, radial_noise
-from cryosplat.errors import InputError
+from cryosplat.errors import InputError, said_by_the_first
 from cryosplat.evaluation import read_comparison
 from cryosplat.fsc import resolution
 from cryosplat.linearmaps import linear_maps
@@ -44,9 +44,15 @@ def run(args: argparse.Namespace) -> None:
     """Do what ``cryosplat backproject`` is asked to do.
 
     Raises:
-        InputError: anything wrong with settings, input files or the point group, or a map that exists already.
+        InputError: anything wrong with settings, input files or the point group, a null test, or a map that exists.
     """
-    config, symmetry = load_config(args.config, args.settings), point_group(args.sym)
+    with said_by_the_first():
+        config, symmetry = load_config(args.config, args.settings), point_group(args.sym)
+        if config.data.null != "none":
+            raise InputError(
+                f"data.null={config.data.null}: cryosplat backproject takes the images as they are; leave it out, or "
+                "train a null run, which has its own linear half maps"
+            )
     folder = Path(args.output)
     names = ("unregularised", "half_a", "half_b", "linear", "mask") if args.halves else ("unregularised",)
     paths = {name: folder / f"{name}.mrc" for name in names}
@@ -58,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             return
         for name, path in paths.items():
             write_map(path, maps[name], pixel_size_a)
-    written = ", ".join(f"{name}.mrc" for name in names)
+    written = ", ".join(path.name for path in paths.values())
     print(f"{folder}: {written}, box {len(maps['unregularised'])} px, symmetry {args.sym}")
     for line in [*words, f"{time.perf_counter() - began:.1f} s"]:
         print(f"  {line}")

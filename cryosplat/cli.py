@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cryosplat import __version__
-from cryosplat.errors import InputError, PeerError, PeerGone
+from cryosplat.errors import InputError, PeerError, PeerGone, is_first_rank
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -78,12 +78,11 @@ def _keep_freed_memory() -> None:
 
 def _set_up_logging() -> None:
     """Messages of cryosplat go to standard error: all of rank 0's, warnings of the others'."""
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     package = logging.getLogger("cryosplat")
     package.handlers = [handler]
-    package.setLevel(logging.INFO if first else logging.WARNING)
+    package.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     package.propagate = False
 
 

@@ -58,6 +58,10 @@ _STYLES = {
     "linear_half_maps": ("#009E73", "-.", 1.3),
     "half_maps": ("#D55E00", (0, (6, 1.5)), 1.3),
     "truth": ("#000000", (0, (2, 1.2)), 1.6),
+    "calibrated_half_a": ("#56B4E9", "-", 1.1),
+    "calibrated_half_b": ("#56B4E9", (0, (6, 1.5)), 1.1),
+    "mixture_truth": ("0.5", (0, (6, 1.5)), 1.1),
+    "linear_truth": ("0.5", "-.", 1.1),
     "unmasked": ("0.6", "-", 1.2),
     "sphere": ("#E69F00", (0, (6, 1.5)), 1.2),
     "loose": ("#009E73", "-.", 1.3),
@@ -66,6 +70,9 @@ _STYLES = {
     "phase_randomised": ("#D55E00", ":", 1.5),
     "corrected": ("#000000", "-", 1.8),
 }
+
+LEGEND_LINE_IN = 0.17
+"""Height of a line of a legend, inches."""
 
 _GUINIER = {"map": "map", "weighted": "weighted by its FSC", "sharpened": "sharpened, low-passed"}
 
@@ -95,7 +102,8 @@ def fsc_figure(
         )  # fmt: skip
     for number, (name, curve) in enumerate(curves.items()):
         label, levels = _CURVES.get(name, (name.replace("_", " "), None))
-        levels = [level for level in thresholds if levels is None or level in levels]
+        known = np.isfinite(curve.fsc[1:]).any()
+        levels = [level for level in thresholds if known and (levels is None or level in levels)]
         crossings = [(level, resolution(curve, level)) for level in levels]
         colour, dashes, width = _STYLES.get(name, (_COLOURS[number % 5], _DASHES[number % 5], 1.8))
         read = ", ".join(f"{_angstrom(crossing)} at {level:g}" for level, crossing in crossings)
@@ -111,12 +119,18 @@ def fsc_figure(
                 place = (1 / crossing.angstrom, level)
                 axes.plot(*place, "o", markersize=5, markeredgecolor="white", color=colour, zorder=3)
     frequency_axis(axes, next(iter(curves.values())))
-    lowest = min(float(np.nanmin(curve.fsc[1:])) for curve in curves.values())
-    axes.set_ylim(-1.03 if lowest < -0.15 else min(-0.03, lowest - 0.03), 1.03)
+    lowest = float(np.fmin.reduce(np.concatenate([[0.0], *(curve.fsc[1:] for curve in curves.values())])))
+    axes.set_ylim(-1.03 if lowest < -0.15 else lowest - 0.03, 1.03)
     axes.set_ylabel("Fourier shell correlation", fontsize=LABEL)
-    legend = axes.legend(fontsize=TICK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6)
-    legend.set_zorder(2)
+    _legend_below(figure, len(curves))
     return figure
+
+
+def _legend_below(figure: Figure, curves: int) -> None:
+    """Below the axes, on paper added for it: labels are long, and inside they would cover curves."""
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LEGEND_LINE_IN * curves)
+    figure.legend(loc="outside lower left", fontsize=TICK, frameon=False, handlelength=3.2)
 
 
 def guinier_figure(sharpened: Sharpened) -> Figure:

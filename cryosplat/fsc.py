@@ -221,12 +221,13 @@ def _crossing_error(curve: FscCurve, first: int, shell: float) -> float:
 
 
 def mean_fsc(curve: FscCurve) -> float:
-    """Mean FSC over the shells 1 .. box // 2, or to where a calibrated curve ends.
+    """Mean FSC over the shells 1 .. box // 2, or to where a calibrated curve ends; NaN if it says nothing.
 
     >>> mean_fsc(FscCurve(np.array([1.0, 0.9, 0.5]), box=4, pixel_size_a=1.0))
     0.7
     """
-    return float(np.nanmean(curve.fsc[1:]))
+    known = curve.fsc[1:][np.isfinite(curve.fsc[1:])]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def check_maps(maps: Mapping[str, np.ndarray]) -> None:

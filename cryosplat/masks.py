@@ -87,7 +87,7 @@ def spherical_mask(box: int, radius_px: float | None = None, edge_px: float | No
     Args:
         box: voxels a side.
         radius_px: where the mask begins to fall; None: so that the edge ends at the box's faces.
-        edge_px: width of the edge; None: a tenth of the box, at least 4 px, but a quarter of a small box.
+        edge_px: width of the edge; None: a tenth of the box, at least 4 px, at most a quarter of the box.
 
     Returns:
         float32 (box, box, box), 0 to 1.
@@ -95,7 +95,7 @@ def spherical_mask(box: int, radius_px: float | None = None, edge_px: float | No
     Raises:
         InputError: a radius or edge that is not positive.
     """
-    edge_px = min(max(EDGE_PX, 0.1 * box), box / 4) if edge_px is None else edge_px
+    edge_px = min(max(EDGE_PX, 0.1 * box), 0.25 * box) if edge_px is None else edge_px
     radius_px = box / 2 - edge_px if radius_px is None else radius_px
     if radius_px <= 0 or edge_px < 0:
         raise InputError(f"a spherical mask of radius {radius_px:g} px and edge {edge_px:g} px: both must be positive")

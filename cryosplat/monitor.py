@@ -172,7 +172,7 @@ class Monitor:
             pixel_size_a: A/px.
         """
         known = {name: value for name, value in resolutions.items() if value is not None}
-        means = {name: mean_fsc(curve) for name, curve in curves.items()}
+        means = {name: mean_fsc(curve) for name, curve in curves.items() if np.isfinite(curve.fsc[1:]).any()}
         self._scalars({f"resolution/{name}(A)": value for name, value in known.items()}, step)
         self._scalars({f"fsc/mean_{name}": value for name, value in means.items()}, step)
         drawn = {"fsc/curves": figures.fsc_figure(curves)} if curves else {}

@@ -24,10 +24,10 @@ from cryosplat.volumes import write_map
 FILES = ("postprocess.mrc", "guinier.png", "postprocess.json")
 """What is written; the record last, so that it stands for the rest."""
 
-COLUMNS = {"calibrated": "truth", "corrected": "half-maps", "half_maps": "half-maps", "truth": "truth"}
+COLUMNS = {"calibrated_map": "truth", "corrected": "half-maps", "half_maps": "half-maps", "truth": "truth"}
 """Columns of fsc.csv that are known, and what they compare; the best first."""
 
-FROM_RUN = ("calibrated", "corrected", "half_maps")
+FROM_RUN = ("calibrated_map", "corrected", "half_maps")
 """Columns taken from a run without being asked: not "truth", which only a simulation has."""
 
 THRESHOLDS = {"half-maps": RESOLUTION_THRESHOLD_HALF_MAPS, "truth": RESOLUTION_THRESHOLD_TRUTH}
@@ -235,7 +235,8 @@ def _settle_resolution(inputs: Inputs, weighting: Weighting, pixel_size_a: float
 
 def _known(table: Path) -> list[str]:
     """Names of the curves in a table."""
-    return [name for name in _rows(table)[0] if name not in ("shell", "resolution_a", "frequency_inv_a")]
+    others = ("shell", "resolution_a", "frequency_inv_a")
+    return [name for name in _rows(table)[0] if name not in others and not name.endswith("_error")]
 
 
 def _rows(table: Path) -> list[dict[str, str]]:

@@ -2,11 +2,9 @@
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,8 @@ from cryosplat import checkpoint, distributed
 from cryosplat.backprojection import back_project
 from cryosplat.config import Config, check_files, load_config, save_config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
-from cryosplat.errors import InputError, PeerError
+from cryosplat.ending import ending
+from cryosplat.errors import is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.fscsuite import fsc_suite
@@ -312,6 +311,7 @@ class Run:
             summary=summary,
             for_the_eye=evaluation.for_the_eye(),
             suite=suite,
+            rotations=self.trainer.table.rotations,
             pixel_size_a=pixel_size_a,
             metrics=read_metrics(self.run.folder / "metrics.csv"),
             overwrite=True,
@@ -326,54 +326,6 @@ def _hardware(world: distributed.World) -> str:
     )
 
 
-_LIMITS = {"at_nyquist": " (Nyquist)", "at_limit_of_data": " or better (the data say nothing beyond)"}
-
-
-def ending(summary: dict[str, Any]) -> str:
-    """The last words of a run: what came out, what it is worth, where it lies."""
-    folder = Path(summary["run_dir"])
-
-    def angstrom(name):
-        value, error = summary.get(f"{name}_a"), summary.get(f"{name}_error_a")
-        limit = next((words for key, words in _LIMITS.items() if summary.get(f"{name}_{key}")), "")
-        return "none" if value is None else f"{value:.2f} A" + (f" +- {error:.2f}" if error else "") + limit
-
-    rows = [("Gaussians, particles", f"{summary['gaussians']:,} a model, {summary['particles']:,}")]
-    if summary.get("resolution_naive_a") is not None:
-        rows += [
-            ("resolution", f"{angstrom('resolution')} (delivered map, calibrated FSC 0.5, under {summary['mask']})"),
-            (
-                "naive resolution",
-                f"{angstrom('resolution_naive')} (half maps of mixtures, FSC 0.143: they share the model's bias, so it "
-                "says too much)",
-            ),
-        ]
-    if summary.get("fsc_truth_mean") is not None:
-        rows.append(
-            ("against the truth", f"{angstrom('resolution_truth')} (FSC 0.5), mean FSC {summary['fsc_truth_mean']:.3f}")
-        )
-    rate, processes = summary.get("images_per_second"), summary["world_size"]
-    rows += [
-        ("time", f"{summary['training_seconds']:.0f} s of training" + (f", {rate:.0f} images/s" if rate else "")),
-        (
-            "memory",
-            f"{summary['peak_memory_gib']:.2f} GiB in {processes} process{'es' if processes > 1 else ''}",
-        ),
-        ("map", str(folder / "map.mrc")),
-    ]
-    if summary.get("resolution_naive_a") is not None:
-        rows.append(("half maps", f"{folder / 'half_a.mrc'}, half_b.mrc (linear, unfiltered: for deposition)"))
-        rows.append(("parts of the map", f"{folder / 'mixture.mrc'}, linear.mrc"))
-        rows.append(("filter and sharpen", f"cryosplat postprocess {folder} -o {folder / 'postprocess'}"))
-    rows += [
-        ("Gaussians", f"{folder / 'gaussians.npz'}, .ply"),
-        ("plots", ", ".join(str(folder / name) for name in ("fsc.png", "sections.png", "projections.png", "loss.png"))),
-        ("numbers, logs", f"{folder / 'summary.json'}, fsc.csv, metrics.csv, run.log"),
-        ("watch it", f"tensorboard --logdir {folder / 'tensorboard'}"),
-    ]
-    return "\n".join(f"{name:>22}  {value}" for name, value in rows)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="YAML", help="differences from the defaults; bare names are looked up in configs/"
@@ -383,15 +335,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the configuration, train, and print the ending (rank 0)."""
-    first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-    try:
+    with said_by_the_first():
         config = load_config(args.config, args.settings)
-    except InputError as error:
-        if first:
-            raise
-        raise PeerError(str(error)) from error  # every rank finds the same; one says it
     summary = train(config)
-    if first:
+    if is_first_rank():
         print(ending(summary))
 
 

@@ -1,5 +1,6 @@
 """The commands: help, what they print and write, and one clear error for everything that a user can get wrong."""
 
+import csv
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from ranks import environment
 from stacks import make_ctf, make_images, make_poses, write_dataset, write_pickle, write_stack, write_star
 
 from cryosplat import __version__, cli, train
+from cryosplat.fsc import fsc
 from cryosplat.outputs import SUMMARY_KEYS
 from cryosplat.volumes import read_map
 
@@ -66,7 +68,7 @@ def test_help_names_the_commands_without_waiting_for_pytorch():
     check = f"try:\n {program}\nexcept SystemExit as ended:\n assert ended.code == 0 and 'torch' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment())
     assert ended.returncode == 0, ended.stderr
-    for name in ("train", "simulate", "voxelise", "fsc", "postprocess", "info"):
+    for name in ("train", "simulate", "voxelise", "fsc", "postprocess", "backproject", "validate", "info"):
         assert re.search(rf"^ +{name}\s", ended.stdout, re.MULTILINE)
 
 
@@ -78,6 +80,7 @@ def test_help_names_the_commands_without_waiting_for_pytorch():
         "voxelise": ("--box", "--pixel-size", "--output", "--model"),
         "fsc": ("--mask",),
         "postprocess": ("--map", "--half1", "--mask", "--fsc", "--column", "--bfactor", "--fit-from", "--apply-mask"),
+        "backproject": ("--config", "key=value", "--output", "--sym", "--halves", "--no-halves", "torchrun"),
         "info": ("path",),
     }.items(),
 )
@@ -108,7 +111,9 @@ def test_info_tells_of_a_run(command, reference_run):
     code, output, _ = command("info", reference_run)
     assert code == 0
     rows = dict(line.split(None, 1) for line in output.splitlines())
-    expected = {"particles": "301", "gaussians": "128", "box": "32", "pixel_size_a": "4", "resolution_a": "none"}
+    summary = json.loads((reference_run / "summary.json").read_text())
+    expected = {"particles": "301", "gaussians": "128", "box": "32", "pixel_size_a": "4", "mask": "mask.mrc"}
+    expected |= {"resolution_a": f"{summary['resolution_a']:.6g}"}
     assert expected.items() <= rows.items()
 
 
@@ -140,8 +145,8 @@ def test_info_refuses_what_it_does_not_know(command, stack, tmp_path):
     assert "not a readable .npz file" in error_of(command("info", tmp_path / "bad.npz"))
 
 
-@pytest.mark.parametrize("name, words", [("map", ()), ("half_b", ("--model", "half_b"))])
-def test_voxelise_gives_the_maps_of_the_run(command, reference_run, tmp_path, name, words):
+@pytest.mark.parametrize("name, words", [("mixture", ()), ("mixture_half_b", ("--model", "half_b"))])
+def test_voxelise_gives_the_mixtures_maps_of_the_run(command, reference_run, tmp_path, name, words):
     code, output, _ = command("voxelise", reference_run / "gaussians.npz", "-o", tmp_path / "map.mrc", *words)
     assert code == 0 and "32 voxels at 4 A, 128 Gaussians" in output
     found, pixel_size_a = read_map(tmp_path / "map.mrc")
@@ -160,8 +165,8 @@ def test_voxelise_samples_on_other_grids_of_the_same_field_of_view(command, refe
         assert command("voxelise", reference_run / "gaussians.ply", "-o", out, *words)[0] == 0
         volume, found = read_map(out)
         assert len(volume) == box and found == pytest.approx(pixel_size_a)
-        # Every second voxel is a voxel of the run's map; a voxel of half the depth holds half of it.
-        expected = read_map(reference_run / "map.mrc")[0]
+        # Every second voxel is a voxel of the mixture's map; a voxel of half the depth holds half of it.
+        expected = read_map(reference_run / "mixture.mrc")[0]
         inner = slice(0, None) if box == 64 else slice(6, 26)
         expected = expected[inner, inner, inner]
         assert np.linalg.norm(2 * volume[::2, ::2, ::2] - expected) < 1e-3 * np.linalg.norm(expected)
@@ -194,8 +199,14 @@ def test_fsc_compares_the_maps_of_a_run(command, reference_run):
 def test_the_summary_has_what_others_rely_on(reference_run, stack):
     summary = json.loads((reference_run / "summary.json").read_text())
     assert list(summary)[: len(SUMMARY_KEYS)] == list(SUMMARY_KEYS)
-    assert summary["resolution_a"] is None  # until it is calibrated
-    assert 8.0 <= summary["resolution_naive_a"] < 20 and 0.75 < summary["fsc_truth_mean"] < 1
+    for name in ("resolution_a", "resolution_naive_a", "resolution_linear_a", "resolution_truth_a"):
+        assert 8.0 <= summary[name] < 20, name
+    assert 0 < summary["resolution_error_a"] < 2 and 8.0 <= summary["calibrated_to_a"] <= summary["resolution_a"]
+    assert summary["resolution_a"] == pytest.approx(summary["resolution_truth_a"], rel=0.15)
+    assert 0.7 < summary["fsc_linear_truth_mean"] < summary["fsc_truth_mean"] < 1  # mixtures add to the data
+    assert 0.8 < summary["fsc_mixture_truth_mean"] < 1
+    assert summary["mask"] == "mask.mrc" and "linear map" in summary["mask_origin"]
+    assert 0 < summary["anisotropy"] <= 1 and isinstance(summary["warnings"], list)
     assert (summary["particles"], summary["gaussians"], summary["box"], summary["pixel_size_a"]) == (301, 128, 32, 4.0)
     assert summary["world_size"] == 1 and summary["epochs"] == 3 and summary["steps"] == 57
     for name in ("images_per_second", "cpu_seconds", "wall_seconds", "peak_memory_gib", "training_seconds"):
@@ -207,9 +218,10 @@ def test_the_summary_has_what_others_rely_on(reference_run, stack):
 def test_a_run_leaves_all_its_products_and_nothing_half_written(reference_run):
     names = sorted(path.name for path in reference_run.iterdir())
     assert names == [
-        "checkpoints", "config.yaml", "fsc.csv", "fsc.png", "gaussians.npz", "gaussians.ply", "half_a.mrc",
-        "half_b.mrc", "loss.png", "map.mrc", "metrics.csv", "projections.png", "run.log", "sections.png",
-        "summary.json", "tensorboard",
+        "checkpoints", "config.yaml", "directional.png", "fsc.csv", "fsc.png", "fsc.xml", "fsc_half_maps.png",
+        "gaussians.npz", "gaussians.ply", "half_a.mrc", "half_b.mrc", "linear.mrc", "loss.png", "map.mrc", "mask.mrc",
+        "metrics.csv", "mixture.mrc", "mixture_half_a.mrc", "mixture_half_b.mrc", "projections.png", "run.log",
+        "sections.png", "summary.json", "tensorboard",
     ]  # fmt: skip
     assert all(path.stat().st_size for path in reference_run.rglob("*") if path.is_file() and path.name != "run.log")
     assert sorted(path.name for path in (reference_run / "checkpoints").iterdir()) == [
@@ -235,9 +247,62 @@ def test_the_ending_says_what_came_out_and_where_it_is(command, stack, reference
     """A complete run, started again, says so and does nothing but repeat its ending."""
     code, output, errors = command(*training_set.settings(stack, reference_run), main=train.main)
     assert code == 0 and "the run is complete; nothing to do" in errors
-    expected = ("naive resolution", "not calibrated", "against the truth", "map.mrc", "half_a.mrc", "tensorboard --")
+    summary = json.loads((reference_run / "summary.json").read_text())
+    expected = (
+        f"  resolution  {summary['resolution_a']:.2f} A +- {summary['resolution_error_a']:.2f} (delivered map, calibr",
+        f"naive resolution  {summary['resolution_naive_a']:.2f} A",
+        "they share the model's bias, so it says too much",
+        "against the truth", "map.mrc", "half_a.mrc, half_b.mrc (linear, unfiltered: for deposition)",
+        f"cryosplat postprocess {reference_run}", "tensorboard --",
+    )  # fmt: skip
     for words in expected:
         assert words in output
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"resolution_a": None}, "resolution  none (delivered map"),
+        ({"resolution_a": 8.0, "resolution_at_nyquist": True}, "resolution  8.00 A (Nyquist) (delivered map"),
+        (
+            {"resolution_a": 9.0, "resolution_at_limit_of_data": True},
+            "resolution  9.00 A or better (the data say nothing beyond) (delivered map",
+        ),
+    ],
+)
+def test_the_ending_says_what_limits_the_resolution(reference_run, found, words):
+    summary = json.loads((reference_run / "summary.json").read_text())
+    limits = {"resolution_error_a": None, "resolution_at_nyquist": False, "resolution_at_limit_of_data": False}
+    assert f"  {words}" in train.ending(summary | limits | found)
+
+
+def test_the_curves_of_a_run_are_of_its_maps(reference_run):
+    """Curves that can be computed from the files beside them are what they are called."""
+    with open(reference_run / "fsc.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    mask = read_map(reference_run / "mask.mrc")[0]
+    for name, files in {
+        "half_maps": ("mixture_half_a", "mixture_half_b"),
+        "linear_half_maps": ("half_a", "half_b"),
+    }.items():
+        volumes = [read_map(reference_run / f"{file}.mrc")[0] for file in files]
+        expected = fsc(*volumes, training_set.PIXEL_SIZE_A, mask).fsc[1:]
+        np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
+    for name, file in (("truth", "map"), ("mixture_truth", "mixture"), ("linear_truth", "linear")):
+        truth = training_set.true_map()
+        expected = fsc(read_map(reference_run / f"{file}.mrc")[0], truth, training_set.PIXEL_SIZE_A, mask).fsc[1:]
+        np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
+    errors = {name.removesuffix("_error") for name in rows[0] if name.endswith("_error")}
+    assert errors >= {"calibrated_map", "corrected"} and errors <= set(rows[0])
+
+
+def test_a_run_is_sharpened_by_its_calibrated_curve_at_its_resolution(command, reference_run, tmp_path):
+    code, output, errors = command("postprocess", reference_run, "-o", tmp_path / "out", "--fit-from", 40)
+    assert code == 0, errors
+    record = json.loads((tmp_path / "out" / "postprocess.json").read_text())
+    summary = json.loads((reference_run / "summary.json").read_text())
+    assert record["fsc_from"] == f"calibrated_map of {reference_run / 'fsc.csv'}" and record["weighting"] == "truth"
+    assert record["resolution_a"] == summary["resolution_a"] and not record["notes"]
 
 
 def nested(settings):

@@ -37,6 +37,8 @@ LISTED = {
     "source .venv/bin/activate": "changes the shell; what follows here runs in that environment anyway",
     "cryosplat validate runs/my": "trains six times over; tests/test_validation.py does it to smaller runs",
     "cryosplat validate runs/my --tests phases,holdout --processes 8": "as above",
+    "torchrun --standalone --nproc-per-node 4 -m cryosplat.cli backproject --config my.yaml -o linear_by_four": "tests/"
+    "test_backprojectcommand.py does it",
     "python -m pytest -q tests/test_ctf.py": "runs with all other tests",
     "tensorboard --logdir runs": "a server without an end",
     "tensorboard --logdir runs/my/tensorboard": "a server without an end",
@@ -191,6 +193,7 @@ def test_the_sharpened_map_has_the_files_and_the_record_the_keys_that_are_said(d
     assert {path.name for path in (desk.folder / "sharpened").iterdir()} == names(FORMATS, "## A sharpened map")
     record = json.loads((desk.folder / "sharpened/postprocess.json").read_text())
     assert set(record) == names(FORMATS, "## postprocess.json")
+    assert record["weighting"] == "truth" and record["fsc_from"].startswith("calibrated_map of runs/my")
 
 
 def test_every_key_of_the_summary_is_explained(desk):
@@ -200,7 +203,17 @@ def test_every_key_of_the_summary_is_explained(desk):
 def test_every_column_is_explained(desk):
     assert names(FORMATS, "## metrics.csv") == set(COLUMNS)
     with open(desk.folder / "runs/my/fsc.csv", newline="") as file:
-        assert set(next(csv.reader(file))) == names(FORMATS, "## fsc.csv")
+        written = next(csv.reader(file))
+    said = names(FORMATS, "## fsc.csv")
+    errors = {name for name in written if name.endswith("_error")}
+    assert set(written) - errors == said and "calibrated_map_error" in errors
+    assert {name.removesuffix("_error") for name in errors} <= said
+
+
+def test_the_backproject_command_writes_the_files_that_are_said(desk):
+    assert {path.name for path in (desk.folder / "linear").iterdir()} == names(
+        FORMATS, "## Files of cryosplat backproject"
+    )
 
 
 def test_the_fsc_command_writes_the_files_and_curves_that_are_said(desk):
@@ -227,7 +240,7 @@ def test_the_files_of_gaussians_hold_what_is_said(desk):
 def test_amplitudes_are_in_the_unit_that_is_said(desk):
     arrays = np.load(desk.folder / "runs/my/gaussians.npz")
     total = arrays["amplitudes"].sum() / arrays["pixel_size_a"] ** 2
-    assert mrcfile.read(desk.folder / "runs/my/map.mrc").sum() == pytest.approx(total, rel=0.01)
+    assert mrcfile.read(desk.folder / "runs/my/mixture.mrc").sum() == pytest.approx(total, rel=0.01)
 
 
 def test_every_tensorboard_tag_is_explained(desk):
@@ -237,11 +250,12 @@ def test_every_tensorboard_tag_is_explained(desk):
     events.Reload()
     tags = events.Tags()
     written = {*tags["scalars"], *tags["images"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
-    maps = [f"map/{kind}{half}" for kind in ("sections", "projections") for half in ("_half_a", "_half_b")]
-    assert written == {*names(FORMATS, "## TensorBoard"), *maps} - {"memory/gpu_max_reserved(GiB)"} - {
-        "_half_a",
-        "_half_b",
-    }
+    said = names(FORMATS, "## TensorBoard")
+    section = FORMATS.read_text().partition("## TensorBoard")[2].partition("\n## ")[0]
+    tails = re.findall(r"`(_\w+)`", section)
+    assert tails
+    maps = [f"map/{kind}{tail}" for kind in ("sections", "projections") for tail in tails]
+    assert written == {*said, *maps} - {"memory/gpu_max_reserved(GiB)"}
 
 
 def literals() -> list[str]:

@@ -102,8 +102,10 @@ def test_what_is_held_out_changes_nothing_in_the_maps(stack, run, held_out, tmp_
 
     other = training_set.trained(training_set.altered(stack, tmp_path / "other", replace), tmp_path / "run", *WORDS)
     assert held_out.sum() == 30
-    for name in ("map.mrc", "half_a.mrc", "half_b.mrc"):
-        np.testing.assert_array_equal(mrcfile.read(run / name), mrcfile.read(other / name))
+    names = {path.name for path in run.glob("*.mrc")}
+    assert {"map.mrc", "half_a.mrc", "half_b.mrc", "linear.mrc", "mixture.mrc", "mixture_half_a.mrc"} <= names
+    for name in names:
+        np.testing.assert_array_equal(mrcfile.read(run / name), mrcfile.read(other / name), err_msg=name)
     assert (run / "holdout.csv").read_bytes() != (other / "holdout.csv").read_bytes()
 
 

@@ -94,6 +94,7 @@ def test_a_spherical_mask_is_one_inside_half_in_the_middle_of_its_edge_and_nothi
     mask = spherical_mask(32, 8, 6)
     np.testing.assert_allclose(mask[16, 16, [16, 24, 27, 30]], [1, 1, 0.5, 0], atol=1e-6)
     assert spherical_mask(32)[16, 16, 0] == 0 and spherical_mask(32).mean() > 0.15
+    assert spherical_mask(8)[4, 4, 0] == 0 and 0.1 < spherical_mask(8).mean() < 0.52  # the edge is narrower there
     with pytest.raises(InputError, match="positive"):
         spherical_mask(32, -1)
 

@@ -29,12 +29,12 @@ def log_step(monitor, step, loss=None, halves=True):
     monitor.step(step, step // 10, losses, 1e-3, 812.5, {"cpu_max_rss": 1.5, "gpu_max_reserved": 0.25})
 
 
-def log_evaluation(monitor, step, box=BOX, truth=True):
+def log_evaluation(monitor, step, box=BOX, truth=True, names_of_maps=("map", "mixture")):
     rng = np.random.default_rng(step)
-    names = ("half_maps", "truth") if truth else ("half_maps",)
+    names = ("calibrated_map", "half_maps", "truth") if truth else ("calibrated_map", "half_maps")
     curves = {name: FscCurve(np.linspace(1, 0, box // 2 + 1), box, 2.0) for name in names}
-    resolutions = {"naive_half_map_0.143": 7.25, "truth_0.5": 8.5 if truth else None}
-    maps = {"full": rng.standard_normal((box, box, box))}
+    resolutions = {"calibrated_0.5": 9.75, "naive_half_map_0.143": 7.25, "truth_0.5": 8.5 if truth else None}
+    maps = {name: rng.standard_normal((box, box, box)) for name in names_of_maps}
     particle = tuple(rng.standard_normal((3, box, box)))
     monitor.evaluation(step, step // 10, curves, resolutions, maps, particle, 2.0)
 
@@ -69,14 +69,17 @@ def test_every_tag_is_in_the_event_file_with_its_unit(tmp_path):
             "throughput/images_per_second",
             "memory/cpu_max_rss(GiB)",
             "memory/gpu_max_reserved(GiB)",
+            "resolution/calibrated_0.5(A)",
             "resolution/naive_half_map_0.143(A)",
             "resolution/truth_0.5(A)",
+            "fsc/mean_calibrated_map",
             "fsc/mean_half_maps",
             "fsc/mean_truth",
         ]
     )
     assert sorted(found.Tags()["images"]) == [
-        "fsc/curves", "map/projections", "map/sections", "particles/particle_projection_residual",
+        "fsc/curves", "map/projections", "map/projections_mixture", "map/sections", "map/sections_mixture",
+        "particles/particle_projection_residual",
     ]  # fmt: skip
     assert sorted(found.Tags()["tensors"]) == ["run/config/text_summary", "run/hardware/text_summary"]
     assert found.Scalars("resolution/truth_0.5(A)")[0].value == 8.5
@@ -94,10 +97,19 @@ def test_an_unknown_resolution_is_left_out_and_not_logged_as_nan(tmp_path):
     assert "resolution/truth_0.5(A)" not in tags and "fsc/mean_truth" not in tags
 
 
-def test_an_evaluation_of_a_real_box_takes_less_than_a_megabyte(tmp_path):
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_calibrated_curve_of_which_nothing_is_known_is_left_out_without_a_warning(tmp_path):
+    nothing = np.full(BOX // 2 + 1, np.nan)
+    curves = {"calibrated_map": FscCurve(nothing, BOX, 2.0, nothing)}
     with Monitor(tmp_path, 20, quiet=True) as monitor:
-        log_evaluation(monitor, 10, box=128)
-    assert sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir()) < 1e6  # of pure noise, the worst
+        monitor.evaluation(10, 1, curves, {}, {"map": np.ones((BOX,) * 3)}, None, 2.0)
+    assert events(tmp_path).Tags()["scalars"] == []
+
+
+def test_an_evaluation_of_a_real_box_takes_no_more_than_a_few_megabytes(tmp_path):
+    with Monitor(tmp_path, 20, quiet=True) as monitor:
+        log_evaluation(monitor, 10, 128, names_of_maps=("map", "mixture", "mixture_half_a", "mixture_half_b"))
+    assert sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir()) < 2.5e6  # of pure noise, the worst
 
 
 def test_a_resumed_run_continues_its_curves_without_a_duplicate_or_a_gap(tmp_path):
@@ -192,7 +204,7 @@ def test_the_log_file_has_all_messages_and_is_appended_to_on_resuming(tmp_path):
     for part in (
         "INFO three models",
         "step 10 of 100, epoch 1, loss 0.1, 812.5 images/s",
-        "after epoch 1, step 10: resolution naive half map 0.143 7.25 A, resolution truth 0.5 8.50 A",
+        "after epoch 1, step 10: resolution calibrated 0.5 9.75 A, resolution naive half map 0.143 7.25 A",
         "resumed after step 10 of 100",
         "step 100 of 100",
     ):

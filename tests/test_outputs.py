@@ -8,16 +8,21 @@ import resource
 import shutil
 import subprocess
 import threading
+from unittest import mock
+from xml.etree import ElementTree
 
 import matplotlib
 import mrcfile
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from plyfile import PlyData
 
 from cryosplat import figures
 from cryosplat.errors import InputError
 from cryosplat.fsc import fsc, mean_fsc
+from cryosplat.fscsuite import fsc_suite
+from cryosplat.masks import spherical_mask
 from cryosplat.outputs import (
     SUMMARY_KEYS,
     read_mixture,
@@ -29,6 +34,8 @@ from cryosplat.outputs import (
 from cryosplat.volumes import read_map
 
 BOX, PIXEL_SIZE_A = 24, 3.1
+
+MAPS = ("map", "mixture", "linear", "half_a", "half_b", "mixture_half_a", "mixture_half_b", "mask")
 
 
 def mixture(count=33, seed=0):
@@ -46,16 +53,19 @@ def products():
     """Arguments of write_run_outputs for a run with halves and a truth."""
     maps = {
         name: np.random.default_rng(seed).standard_normal((BOX, BOX, BOX)).astype(np.float32)
-        for seed, name in enumerate(("full", "half_a", "half_b"))
+        for seed, name in enumerate(MAPS)
     }
+    suite = fsc_suite(maps["half_a"], maps["half_b"], PIXEL_SIZE_A, spherical_mask(BOX))
     curves = {
-        "half_maps": fsc(maps["half_a"], maps["half_b"], PIXEL_SIZE_A),
-        "truth": fsc(maps["full"], maps["full"] + maps["half_a"], PIXEL_SIZE_A),
+        "half_maps": fsc(maps["mixture_half_a"], maps["mixture_half_b"], PIXEL_SIZE_A),
+        "truth": fsc(maps["map"], maps["map"] + maps["half_a"], PIXEL_SIZE_A),
+        "corrected": suite.curves["corrected"],
     }
     return {
         "maps": maps,
-        "mixtures": {name: mixture(seed=seed) for seed, name in enumerate(maps)},
+        "mixtures": {name: mixture(seed=seed) for seed, name in enumerate(("full", "half_a", "half_b"))},
         "curves": curves,
+        "suite": suite,
         "summary": {"particles": 100, "fsc_truth_mean": np.float64(mean_fsc(curves["truth"])), "note": "extra"},
         "pixel_size_a": PIXEL_SIZE_A,
         "metrics": {"step": np.arange(3.0), "loss_full": np.ones(3), "loss_half_a": np.full(3, np.nan)},
@@ -72,15 +82,16 @@ def run_dir(tmp_path_factory):
 
 def test_a_run_leaves_all_its_products_and_no_temporary_files(run_dir):
     assert sorted(path.name for path in run_dir.iterdir()) == [
-        "fsc.csv", "fsc.png", "gaussians.npz", "gaussians.ply", "half_a.mrc", "half_b.mrc", "loss.png", "map.mrc",
-        "projections.png", "sections.png", "summary.json",
+        "directional.png", "fsc.csv", "fsc.png", "fsc.xml", "fsc_half_maps.png", "gaussians.npz", "gaussians.ply",
+        "half_a.mrc", "half_b.mrc", "linear.mrc", "loss.png", "map.mrc", "mask.mrc", "mixture.mrc",
+        "mixture_half_a.mrc", "mixture_half_b.mrc", "projections.png", "sections.png", "summary.json",
     ]  # fmt: skip
 
 
 def test_the_maps_are_valid_mrc_with_their_pixel_size(run_dir, capsys):
-    for name, file in (("full", "map.mrc"), ("half_a", "half_a.mrc"), ("half_b", "half_b.mrc")):
-        assert mrcfile.validate(run_dir / file), capsys.readouterr().out
-        volume, pixel_size = read_map(run_dir / file)
+    for name in MAPS:
+        assert mrcfile.validate(run_dir / f"{name}.mrc"), capsys.readouterr().out
+        volume, pixel_size = read_map(run_dir / f"{name}.mrc")
         np.testing.assert_array_equal(volume, products()["maps"][name])
         assert pixel_size == pytest.approx(PIXEL_SIZE_A, rel=1e-6)
 
@@ -210,16 +221,39 @@ def test_the_summary_has_every_key_in_order_and_no_nan(run_dir, tmp_path):
 def test_fsc_csv_has_a_column_for_every_curve(run_dir):
     with open(run_dir / "fsc.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert list(rows[0]) == ["shell", "resolution_a", "frequency_inv_a", "half_maps", "truth"]
+    expected = ["half_maps", "truth", "corrected", "corrected_error"]  # an error where one is known
+    assert list(rows[0]) == ["shell", "resolution_a", "frequency_inv_a", *expected]
     assert [int(row["shell"]) for row in rows] == list(range(1, BOX // 2 + 1))
     np.testing.assert_allclose([float(row["truth"]) for row in rows], products()["curves"]["truth"].fsc[1:], atol=1e-6)
+    corrected = products()["curves"]["corrected"]
+    np.testing.assert_allclose([float(row["corrected_error"]) for row in rows], corrected.error[1:], atol=1e-6)
     assert float(rows[-1]["resolution_a"]) == pytest.approx(2 * PIXEL_SIZE_A, abs=1e-4)
+
+
+def test_fsc_xml_has_the_curve_of_the_linear_half_maps(run_dir):
+    points = [
+        (float(point.findtext("x")), float(point.findtext("y")))
+        for point in ElementTree.parse(run_dir / "fsc.xml").iter("coordinate")
+    ]
+    corrected = products()["curves"]["corrected"]
+    expected = np.stack([corrected.frequency, corrected.fsc], 1)[-len(points) :]
+    assert len(points) >= BOX // 2
+    np.testing.assert_allclose(points, expected, atol=1e-5)
+
+
+def test_figures_show_what_is_for_the_eye(tmp_path):
+    """The delivered map is noisy beyond its resolution; its pictures are of another, weighted one."""
+    seen = []
+    with mock.patch.object(figures, "sections_figure", lambda volume, _: seen.append(volume) or Figure()):
+        write_run_outputs(tmp_path, **products(), for_the_eye=np.ones((BOX,) * 3))
+    assert len(seen) == 1 and (seen[0] == 1).all()
+    np.testing.assert_array_equal(read_map(tmp_path / "map.mrc")[0], products()["maps"]["map"])
 
 
 def test_a_run_without_halves_truth_or_metrics_writes_what_it_has(tmp_path):
     whole = products()
-    only_full = {key: {"full": whole[key]["full"]} for key in ("maps", "mixtures")}
-    written = write_run_outputs(tmp_path, **{**whole, **only_full, "curves": {}, "metrics": None})
+    only_full = {"maps": {"map": whole["maps"]["map"]}, "mixtures": {"full": whole["mixtures"]["full"]}}
+    written = write_run_outputs(tmp_path, **{**whole, **only_full, "curves": {}, "suite": None, "metrics": None})
     assert sorted(path.name for path in written) == sorted(path.name for path in tmp_path.iterdir())
     assert {path.name for path in written} == {
         "map.mrc", "gaussians.npz", "gaussians.ply", "sections.png", "projections.png", "summary.json",
@@ -231,12 +265,12 @@ def test_products_that_are_there_are_kept_unless_the_run_asks(tmp_path):
     write_run_outputs(run_dir, **products())
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
     other = products()
-    other["maps"]["full"] = other["maps"]["full"] + 1
+    other["maps"]["map"] = other["maps"]["map"] + 1
     with pytest.raises(InputError, match=r"map\.mrc exists already"):
         write_run_outputs(run_dir, **other)
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
     write_run_outputs(run_dir, **other, overwrite=True)
-    np.testing.assert_array_equal(read_map(run_dir / "map.mrc")[0], other["maps"]["full"])
+    np.testing.assert_array_equal(read_map(run_dir / "map.mrc")[0], other["maps"]["map"])
 
 
 def test_one_product_that_is_there_stops_all_before_the_first_is_written(tmp_path):
@@ -268,7 +302,7 @@ def full_disk(request, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # mrcfile, when it cannot finish a file
 def test_a_full_disk_is_one_clear_error_and_leaves_no_part_of_a_file(full_disk):
-    big = products()["maps"]["full"]  # 55 kB
+    big = products()["maps"]["map"]  # 55 kB
     writers = {
         "map.mrc": lambda path: write_run_outputs(full_disk, **products()),
         "gaussians.npz": lambda path: write_mixture_npz(path, {"full": mixture(2000)}, BOX, PIXEL_SIZE_A),
@@ -320,15 +354,37 @@ def texts(figure):
         found += [text.get_text() for text in axes.texts]
         found += [text.get_text() for text in axes.get_xticklabels()]
         found += [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
-    return found
+    return found + [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 def test_the_fsc_figure_names_resolutions_in_angstrom_and_calls_the_naive_one_naive():
     curves = {key: figures.FscCurve(np.linspace(1, 0, 65), 128, 2.0) for key in ("half_maps", "truth")}
     found = " | ".join(texts(figures.fsc_figure(curves)))
-    assert "half maps (naive): 4.67 Å at 0.143" in found
-    assert "map to truth: 8.00 Å at 0.5" in found
+    assert "half maps of mixtures (naive): 4.67 Å at 0.143" in found
+    assert "delivered map to the known truth: 8.00 Å at 0.5" in found
     assert "1/10" in found and "1/4" in found  # Nyquist
+
+
+def test_a_curve_that_ends_where_the_data_do_is_drawn_and_said_to_end_there():
+    values = np.linspace(1, 0.6, 65)
+    values[40:] = np.nan
+    curve = figures.FscCurve(values, 128, 2.0, np.full(65, 0.02))
+    found = " | ".join(texts(figures.fsc_figure({"calibrated_map": curve})))
+    assert f"calibrated: {128 * 2.0 / 39:.2f} Å or better (data end) at 0.5" in found
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_the_legend_of_the_fsc_figure_covers_no_curve(count):
+    names = ("calibrated_map", "half_maps", "truth", "linear_half_maps", "mixture_truth", "linear_truth", "a", "b")
+    curves = {name: figures.FscCurve(np.linspace(1, 0, 65), 128, 2.0) for name in names[:count]}
+    figure = figures.fsc_figure(curves)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == count
+    assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+    assert box.y1 <= axes.get_tightbbox().y0
 
 
 def test_the_particle_figure_says_that_it_is_filtered():

@@ -57,7 +57,7 @@ def run_dir(maps, tmp_path):
     write_map(folder / "map.mrc", delivered, PIXEL_SIZE_A)
     write_map(folder / "mask.mrc", mask, PIXEL_SIZE_A)
     half_maps, calibrated = fsc(half1, half2, PIXEL_SIZE_A, mask), fsc(delivered, truth, PIXEL_SIZE_A, mask)
-    write_csv(folder / "fsc.csv", {"half_maps": half_maps, "calibrated": calibrated})
+    write_csv(folder / "fsc.csv", {"half_maps": half_maps, "calibrated_map": calibrated})
     (folder / "summary.json").write_text(json.dumps({"resolution_a": 5.12, "box": BOX}))
     return folder
 
@@ -138,7 +138,7 @@ def test_a_run_gives_its_map_its_calibrated_curve_its_resolution_and_if_asked_it
     record = record_of(tmp_path / "out")
     assert set(record["inputs"]) == {"map", "fsc"} and record["mask_applied"] is False
     assert record["weighting"] == "truth" and "the FSC to the truth itself" in output
-    assert record["fsc_from"] == f"calibrated of {run_dir / 'fsc.csv'}" and not record["notes"]
+    assert record["fsc_from"] == f"calibrated_map of {run_dir / 'fsc.csv'}" and not record["notes"]
     assert record["resolution_a"] == 5.12 and "summary.json" in record["resolution_from"]
     assert command(run_dir, "-o", tmp_path / "masked", "--apply-mask")[0] == 0
     assert record_of(tmp_path / "masked")["inputs"]["mask"]["path"] == str(run_dir / "mask.mrc")
@@ -147,9 +147,9 @@ def test_a_run_gives_its_map_its_calibrated_curve_its_resolution_and_if_asked_it
 
 
 def test_the_fsc_to_the_truth_and_that_of_half_maps_weigh_alike(command, run_dir, tmp_path):
-    for column in ("calibrated", "half_maps"):
+    for column in ("calibrated_map", "half_maps"):
         assert command(run_dir, "--column", column, "--bfactor", 0, "-o", tmp_path / column)[0] == 0
-    one, other = (read_map(tmp_path / column / "postprocess.mrc")[0] for column in ("calibrated", "half_maps"))
+    one, other = (read_map(tmp_path / column / "postprocess.mrc")[0] for column in ("calibrated_map", "half_maps"))
     assert np.linalg.norm(one - other) / np.linalg.norm(one) < 0.03  # C = sqrt(2 F / (1 + F)), but for noise
     assert record_of(tmp_path / "half_maps")["weighting"] == "half-maps"
     assert "calibrated" in record_of(tmp_path / "half_maps")["notes"][0]
@@ -158,12 +158,12 @@ def test_the_fsc_to_the_truth_and_that_of_half_maps_weigh_alike(command, run_dir
 def test_a_run_without_a_resolution_has_that_of_its_curve_at_the_threshold_of_its_kind(command, run_dir, tmp_path):
     (run_dir / "summary.json").write_text('{"resolution_a": null}')
     found = {}
-    for column, threshold in (("calibrated", "0.5"), ("half_maps", "0.143")):
+    for column, threshold in (("calibrated_map", "0.5"), ("half_maps", "0.143")):
         assert command(run_dir, "--column", column, "-o", tmp_path / column)[0] == 0
         record = record_of(tmp_path / column)
         assert record["resolution_from"].startswith(f"FSC = {threshold}, {column}")
         found[column] = record["resolution_a"]
-    assert found["calibrated"] == pytest.approx(found["half_maps"], rel=0.05)
+    assert found["calibrated_map"] == pytest.approx(found["half_maps"], rel=0.05)
 
 
 def test_a_map_alone_needs_no_curve_if_none_shall_weigh(command, maps, tmp_path):
@@ -185,14 +185,14 @@ def test_a_curve_of_another_name_weighs_when_it_is_said_what_it_compares(command
 
 def test_where_a_curve_says_nothing_it_is_zero(tmp_path):
     rows = [
-        "shell,resolution_a,frequency_inv_a,calibrated",
+        "shell,resolution_a,frequency_inv_a,calibrated_map",
         "1,8,0.125,0.9",
         "2,4,0.25,nan",
         "3,2.6667,0.375,",
         "4,2,.5,",
     ]
     (tmp_path / "fsc.csv").write_text("\n".join(rows) + "\n")
-    assert read_curve(tmp_path / "fsc.csv", "calibrated", 8, 1.0).fsc.tolist() == [1, 0.9, 0, 0, 0]
+    assert read_curve(tmp_path / "fsc.csv", "calibrated_map", 8, 1.0).fsc.tolist() == [1, 0.9, 0, 0, 0]
 
 
 def test_the_figure_is_drawn(command, run_dir, tmp_path):
@@ -235,8 +235,8 @@ def test_nothing_is_overwritten(command, run_dir, tmp_path, name):
         ([*HALVES, "--bfactor", "nan"], "--bfactor nan: expected a number in A^2"),
         ([*HALVES, "--resolution", "3.9"], "Nyquist is 4 A"),
         (["run", "--resolution", "3.9"], "resolution 3.9 A: the map has 2 A/px, so Nyquist is 4 A"),
-        (["run", "--column", "corrected"], "fsc.csv: no column corrected; there are half_maps, calibrated"),
-        (["run", "--fsc", "run/fsc.csv"], "which curve? Name it with --column; there are half_maps, calibrated"),
+        (["run", "--column", "corrected"], "fsc.csv: no column corrected; there are half_maps, calibrated_map"),
+        (["run", "--fsc", "run/fsc.csv"], "which curve? Name it with --column; there are half_maps, calibrated_map"),
         (["run", "--fsc", "none.csv", "--column", "half_maps"], "none.csv: not a readable table"),
         (["run", "--fsc", "run/summary.json", "--column", "x"], "expected the columns shell and resolution_a"),
         (["run", "--fsc", "short.csv", "--column", "half_maps"], "16 shells of a box of 64 A, but the map has 32"),
