@@ -5,7 +5,6 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,13 @@ from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.errors import is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
-from cryosplat.fscsuite import fsc_suite
+from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.holdout import HoldOut
 from cryosplat.linearmaps import LinearMaps, linear_maps
 from cryosplat.metrics import read_metrics
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
-from cryosplat.outputs import write_run_outputs
+from cryosplat.outputs import ending, write_run_outputs
 from cryosplat.particles import ParticleTable, read_particles
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runs import RunState, begin_run, open_run
@@ -98,9 +97,10 @@ class Run:
                 self._save(monitor)
             if self.images_trained == 0:  # all was trained before, and only the products are missing
                 evaluation = self._evaluate(monitor)
-            summary = self._summary(evaluation)
+            suite = self._half_map_curves(evaluation)
+            summary = self._summary(evaluation, suite)
             if self.world.is_main:
-                self._write(evaluation, summary)
+                self._write(evaluation, suite, summary)
         return summary
 
     def _read_table(self) -> ParticleTable:
@@ -261,7 +261,17 @@ class Run:
             "training": self.before["training"] + self.training_seconds,
         }
 
-    def _summary(self, evaluation: Evaluation | None) -> dict[str, Any]:
+    def _half_map_curves(self, evaluation: Evaluation | None) -> FscSuite | None:
+        """All curves of the linear half maps, on rank 0."""
+        if self.linear is None:
+            return None
+        halves = evaluation.maps["half_a"], evaluation.maps["half_b"]
+        suite = fsc_suite(*halves, self.trainer.reconstruction.pixel_size_a, self.linear.mask)
+        for warning in suite.warnings:
+            logger.warning("linear half maps: %s", warning)
+        return suite
+
+    def _summary(self, evaluation: Evaluation | None, suite: FscSuite | None) -> dict[str, Any]:
         trainer, seconds = self.trainer, self._seconds()
         ranks = distributed.gather_objects((time.process_time(), peak_memory_gib(self.world.device)), self.world)
         summary = {
@@ -284,9 +294,11 @@ class Run:
             "halves": trainer.table.half_origin if self.config.maps.halves else None,
             "run_dir": str(self.run.folder),
         }
+        if suite is not None:
+            summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
         return distributed.broadcast_object(summary, self.world)
 
-    def _write(self, evaluation: Evaluation, summary: dict[str, Any]) -> None:
+    def _write(self, evaluation: Evaluation, suite: FscSuite | None, summary: dict[str, Any]) -> None:
         reconstruction = self.trainer.reconstruction
         box, pixel_size_a = reconstruction.box, reconstruction.pixel_size_a
         mixtures = {
@@ -295,13 +307,9 @@ class Run:
             }
             for m, name in enumerate(MODEL_NAMES[: reconstruction.mixture.models])
         }
-        suite, curves = None, dict(evaluation.curves)
-        if self.linear is not None:
-            suite = fsc_suite(evaluation.maps["half_a"], evaluation.maps["half_b"], pixel_size_a, self.linear.mask)
+        curves = dict(evaluation.curves)
+        if suite is not None:
             curves |= {name: curve for name, curve in suite.curves.items() if name != "masked"}
-            summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
-            for warning in suite.warnings:
-                logger.warning("linear half maps: %s", warning)
         save_config(self.config, self.run.folder / "config.yaml")
         write_run_outputs(
             self.run.folder,
@@ -323,54 +331,6 @@ def _hardware(world: distributed.World) -> str:
         f"{world.size} ranks ({world.launcher}, {world.backend}), {world.threads} CPU threads each, on {device}; "
         f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}"
     )
-
-
-_LIMITS = {"at_nyquist": " (Nyquist)", "at_limit_of_data": " or better (the data say nothing beyond)"}
-
-
-def ending(summary: dict[str, Any]) -> str:
-    """The last words of a run: what came out, what it is worth, where it lies."""
-    folder = Path(summary["run_dir"])
-
-    def angstrom(name):
-        value, error = summary.get(f"{name}_a"), summary.get(f"{name}_error_a")
-        limit = next((words for key, words in _LIMITS.items() if summary.get(f"{name}_{key}")), "")
-        return "none" if value is None else f"{value:.2f} A" + (f" +- {error:.2f}" if error else "") + limit
-
-    rows = [("Gaussians, particles", f"{summary['gaussians']:,} a model, {summary['particles']:,}")]
-    if summary.get("resolution_naive_a") is not None:
-        rows += [
-            ("resolution", f"{angstrom('resolution')} (delivered map, calibrated FSC 0.5, under {summary['mask']})"),
-            (
-                "naive resolution",
-                f"{angstrom('resolution_naive')} (half maps of mixtures, FSC 0.143: they share the model's bias, so it "
-                "says too much)",
-            ),
-        ]
-    if summary.get("fsc_truth_mean") is not None:
-        rows.append(
-            ("against the truth", f"{angstrom('resolution_truth')} (FSC 0.5), mean FSC {summary['fsc_truth_mean']:.3f}")
-        )
-    rate, processes = summary.get("images_per_second"), summary["world_size"]
-    rows += [
-        ("time", f"{summary['training_seconds']:.0f} s of training" + (f", {rate:.0f} images/s" if rate else "")),
-        (
-            "memory",
-            f"{summary['peak_memory_gib']:.2f} GiB in {processes} process{'es' if processes > 1 else ''}",
-        ),
-        ("map", str(folder / "map.mrc")),
-    ]
-    if summary.get("resolution_naive_a") is not None:
-        rows.append(("half maps", f"{folder / 'half_a.mrc'}, half_b.mrc (linear, unfiltered: for deposition)"))
-        rows.append(("parts of the map", f"{folder / 'mixture.mrc'}, linear.mrc"))
-        rows.append(("filter and sharpen", f"cryosplat postprocess {folder} -o {folder / 'postprocess'}"))
-    rows += [
-        ("Gaussians", f"{folder / 'gaussians.npz'}, .ply"),
-        ("plots", ", ".join(str(folder / name) for name in ("fsc.png", "sections.png", "projections.png", "loss.png"))),
-        ("numbers, logs", f"{folder / 'summary.json'}, fsc.csv, metrics.csv, run.log"),
-        ("watch it", f"tensorboard --logdir {folder / 'tensorboard'}"),
-    ]
-    return "\n".join(f"{name:>22}  {value}" for name, value in rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from stacks import make_ctf, make_images, make_poses, write_dataset, write_pickl
 
 from cryosplat import __version__, cli, train
 from cryosplat.fsc import fsc
-from cryosplat.outputs import SUMMARY_KEYS
+from cryosplat.outputs import SUMMARY_KEYS, ending
 from cryosplat.volumes import read_map
 
 
@@ -273,7 +273,7 @@ def test_the_ending_says_what_came_out_and_where_it_is(command, stack, reference
 def test_the_ending_says_what_limits_the_resolution(reference_run, found, words):
     summary = json.loads((reference_run / "summary.json").read_text())
     limits = {"resolution_error_a": None, "resolution_at_nyquist": False, "resolution_at_limit_of_data": False}
-    assert f"  {words}" in train.ending(summary | limits | found)
+    assert f"  {words}" in ending(summary | limits | found)
 
 
 def test_the_curves_of_a_run_are_of_its_maps(reference_run):
