@@ -12,8 +12,7 @@ one step of iterative refinement with the same S:
     L = S n + S (n - d F[S n])
 
 L is linear in the images, unbiased to the second order, and has no Wiener term, no floor and no mask: what calibration
-and deposition need. Its noise per voxel has the variance below, up to a factor near 1 (measured in
-benchmarks/quality.md).
+and deposition need. Its noise per voxel has the variance below, up to a factor near 1 (tests/test_backprojection.py).
 """
 
 import math
@@ -44,6 +43,17 @@ it counts as empty."""
 EMPTY_WEIGHT = 1e-4
 """A voxel with less than this fraction of the usual d for its coverage has only seen zeros of the CTF: empty too."""
 
+ROUNDING = 1e-5
+"""What transforms in single precision leave where there is nothing, as a fraction of a grid's root mean square, with
+room: 1.4e-7 of it is usual, 4e-6 the largest seen (boxes of 16 to 64 px). It matters from a million images on."""
+
+NARROW_VARIANCE = (KERNEL_VOXELS**2 - TRILINEAR_VARIANCE) / 2
+"""Every coefficient is spread by the trilinear kernel and then by G, about a Gaussian of both variances. Noise adds up
+with its square, a Gaussian of half of them; d, which has had the trilinear kernel already, lacks this."""
+
+LEAST_NOISE = (KERNEL_VOXELS**2 / NARROW_VARIANCE) ** 1.5 * math.exp(2 / KERNEL_VOXELS**2 - 2 / NARROW_VARIANCE)
+"""Noise variance over d, both averaged, of the voxel of EMPTY_COVERAGE. Further out it would be rounding errors."""
+
 VIEWS_PER_INSERT = 256
 
 
@@ -52,9 +62,9 @@ class LinearHalf:
     """The linear reconstruction of one half set.
 
     Attributes:
-        map: (D, D, D) float32, [z, y, x], in the units of a mixture's map.
-        variance: (D, D, D//2+1) float32, of the noise of the map's transform by voxel, up to a factor; infinite where
-            empty.
+        map: (D, D, D) float32, [z, y, x], in the units of a mixture's map; its transform is zero where empty.
+        variance: (D, D, D//2+1) float32, of the noise of the map's transform (``rfftn``) by voxel, up to a factor near
+            1; infinite where empty.
     """
 
     map: np.ndarray
@@ -109,28 +119,30 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
     Arrays of the padded grid are the largest of a run: each is freed as soon as it is not needed.
     """
     grid = _Grid(box, sums.device)
-    # Every coefficient is spread by the trilinear kernel and then by G: a Gaussian of both variances, whose square is
-    # what noise adds up with. d has had the trilinear kernel already.
-    both = KERNEL_VOXELS**2 + TRILINEAR_VARIANCE
-    noise_kernel = math.sqrt(both / 2 - TRILINEAR_VARIANCE)
     denominator = _hermitian(sums[..., 2].clone())
     in_space = grid.to_space(denominator)
-    noise = grid.average(in_space, noise_kernel).real[grid.of_box] * (4 * math.pi * both) ** -1.5
-    # Has been multiplied by the narrower kernel's window already: only the rest of G's is left to do.
-    averaged = grid.average(in_space, math.sqrt(KERNEL_VOXELS**2 - noise_kernel**2)).real.contiguous()
+    narrow, whole = grid.gaussian(math.sqrt(NARROW_VARIANCE)), grid.gaussian(KERNEL_VOXELS)
+    noise = grid.average(in_space, narrow).real[grid.of_box]
+    averaged = grid.average(in_space, whole / narrow).real.contiguous()  # which has been multiplied by narrow already
+    noise = torch.maximum(noise, LEAST_NOISE * averaged[grid.of_box])
     in_space = grid.to_space(_hermitian(sums[..., 3].clone()))
-    covered = grid.average(in_space, KERNEL_VOXELS).real.contiguous()
+    covered = grid.average(in_space, whole).real.contiguous()
     del in_space
     seen = grid.is_seen(averaged, covered)
     del covered
     inverse = averaged.masked_fill_(~seen, torch.inf).reciprocal_()
+    # For an even d, L is n / d, and its noise that of D^3 of the P^3 voxels: D^2 / (d 2^3).
+    noise *= box**2 / PADDING**3
     variance = torch.where(inverse[grid.of_box] > 0, noise * inverse[grid.of_box] ** 2, torch.inf)
     del averaged, seen, noise
     numerator = _hermitian(torch.complex(sums[..., 0], sums[..., 1]))
     volume = grid.solve(numerator, inverse)
     residual = numerator.sub_(grid.from_map(volume).mul_(denominator))
     volume += grid.solve(residual, inverse)
-    return LinearHalf(volume.cpu().numpy(), variance.cpu().numpy())
+    del numerator, residual, inverse
+    # Cropping has filled the empty voxels from their neighbours, with what is at the box's edges above all.
+    known = torch.fft.rfftn(volume).masked_fill_(variance.isinf(), 0)
+    return LinearHalf(torch.fft.irfftn(known, s=volume.shape).cpu().numpy(), variance.cpu().numpy())
 
 
 def _hermitian(grid: Tensor) -> Tensor:
@@ -150,7 +162,7 @@ class _Grid:
         self._position = frequency
         self._rows = (torch.arange(box, device=device) - box // 2) % self.padded
         inside = frequency[self._rows]
-        self._window = self._gaussian(KERNEL_VOXELS)[self._rows] * torch.sinc(inside) ** 2
+        self._window = self.gaussian(KERNEL_VOXELS)[self._rows] * torch.sinc(inside) ** 2
         self._trilinear = torch.sinc(inside) ** 2
 
     @property
@@ -162,13 +174,13 @@ class _Grid:
         """Real space (P, P, P), origin first, of a half-spectrum."""
         return torch.fft.irfftn(spectrum, s=(self.padded,) * 3)
 
-    def average(self, in_space: Tensor, kernel_voxels: float) -> Tensor:
-        """A half-spectrum, given in real space (which is overwritten), convolved with a Gaussian of unit sum."""
-        return torch.fft.rfftn(_times(in_space, self._gaussian(kernel_voxels)))
+    def average(self, in_space: Tensor, window: Tensor) -> Tensor:
+        """A half-spectrum, given in real space (which is overwritten), convolved with what ``gaussian`` is of."""
+        return torch.fft.rfftn(_times(in_space, window))
 
     def solve(self, numerator: Tensor, inverse: Tensor) -> Tensor:
         """S of the module's docstring: the map (D, D, D) of n, with 1 / (G * d) given."""
-        spectrum = self.average(self.to_space(numerator), KERNEL_VOXELS).mul_(inverse)
+        spectrum = self.average(self.to_space(numerator), self.gaussian(KERNEL_VOXELS)).mul_(inverse)
         # Axis by axis, each cropped before the next is transformed. Orthonormal image transforms make the factor D.
         for axis in (0, 1):
             spectrum = torch.fft.ifft(spectrum, dim=axis).index_select(axis, self._rows)
@@ -189,8 +201,8 @@ class _Grid:
         typical = averaged.mean() / covered.mean()
         return (
             (radius < (self.padded // 2) ** 2)
-            & (covered >= EMPTY_COVERAGE)
-            & (averaged > EMPTY_WEIGHT * typical * covered)
+            & (covered >= max(EMPTY_COVERAGE, _rounding(covered)))
+            & (averaged > (EMPTY_WEIGHT * typical * covered).clamp_(min=_rounding(averaged)))
         )
 
     def _padded(self, values: Tensor, axis: int) -> Tensor:
@@ -198,8 +210,18 @@ class _Grid:
         shape[axis] = self.padded
         return values.new_zeros(shape).index_copy_(axis, self._rows, values)
 
-    def _gaussian(self, kernel_voxels: float) -> Tensor:
-        return torch.exp(-2 * (math.pi * kernel_voxels * self._position) ** 2)
+    def gaussian(self, kernel_voxels: float) -> Tensor:
+        """(P,) along an axis of real space: the transform of a Gaussian of unit sum, sampled at the grid's voxels.
+
+        Sampling repeats it. Cut off at the edge instead, it would ring along the axes of Fourier space, far out and
+        below zero, and make empty voxels there look seen.
+        """
+        position = self._position + torch.arange(-1, 2, device=self._position.device)[:, None]
+        return torch.exp(-2 * (math.pi * kernel_voxels * position) ** 2).sum(0)
+
+
+def _rounding(grid: Tensor) -> float:
+    return ROUNDING * float(torch.linalg.vector_norm(grid)) / math.sqrt(grid.numel())
 
 
 def _times(volume: Tensor, along: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ Errors are jackknife errors over sectors of Fourier space. Where <T, T> is not t
 can be said, and the curve ends.
 """
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +25,6 @@ from cryosplat.backprojection import LinearHalf
 from cryosplat.conventions import RESOLUTION_THRESHOLD_TRUTH, shell_to_angstrom
 from cryosplat.fsc import FscCurve, Resolution, masked_spectrum, resolution
 from cryosplat.sectors import SectorSums, jackknife, smooth
-
-logger = logging.getLogger(__name__)
 
 CERTAINTY = 3.0
 """Standard errors that the truth's power must be above zero."""
@@ -99,12 +96,12 @@ class Calibration:
         voxels = np.maximum(self.sums.voxels.sum(1), 1)
         truth = smooth(cross.sum(1) / voxels)
         noise = smooth((power[0] + power[1]) / (2 * voxels)) - truth
-        pattern = relative_variance(halves, seen, self.sums)
+        pattern = relative_variance(halves, seen, self.mask, self.sums)
         self.noise = np.maximum(noise, 1e-30)
         for _ in range(2):  # the weights depend on the result, weakly
             table = np.maximum(truth, SAFE_POWER * self.noise)
-            weights = 1 / (by_shell(table, self.sums) + by_shell(self.noise, self.sums) * pattern) ** 2
-            weights *= by_shell((table + self.noise) ** 2, self.sums)
+            share = by_shell(table / (table + self.noise), self.sums)  # of the truth: scaled, so that nothing overflows
+            weights = 1 / (share + (1 - share) * pattern) ** 2
             weights[~seen] = 0
             self.truth, self.weight = self.sums.cross(*self.spectra, weights), self.sums(weights.astype(np.float32))
             truth = smooth(self.truth.sum(1) / np.maximum(self.weight.sum(1), 1e-30))
@@ -139,7 +136,7 @@ class Calibration:
         uncertain = np.flatnonzero(~sure[1:]) + 1
         last = int(uncertain[0]) - 1 if len(uncertain) else len(sure) - 1
         values, errors = jackknife(to_truth, cross, power, self.truth, self.weight, voxels)
-        values, errors = np.minimum(values, 1.0), np.minimum(errors, 1.0)
+        values, errors = np.clip(values, -1.0, 1.0), np.minimum(errors, 1.0)
         values[0], errors[0] = 1.0, 0.0  # the mean density, which takes part in nothing
         values[last + 1 :], errors[last + 1 :] = np.nan, np.nan
         return Calibrated(FscCurve(values, self.box, self.pixel_size_a, errors), last)
@@ -150,10 +147,25 @@ def by_shell(table: np.ndarray, sums: SectorSums) -> np.ndarray:
     return np.asarray(table, dtype=np.float32)[sums.shell]
 
 
-def relative_variance(halves: tuple[LinearHalf, LinearHalf], seen: np.ndarray, sums: SectorSums) -> np.ndarray:
-    """Noise variance (D, D, D//2+1) of the mean of two half maps, as a multiple of its shell's mean."""
-    variance = np.where(seen, halves[0].variance + halves[1].variance, 0)
-    mean = sums(variance).sum(1) / np.maximum(sums(seen.astype(np.float32)).sum(1), 1)
+def relative_variance(
+    halves: tuple[LinearHalf, LinearHalf], seen: np.ndarray, mask: np.ndarray | None, sums: SectorSums
+) -> np.ndarray:
+    """Noise variance (D, D, D//2+1) of the mean of two half maps under a mask, as a multiple of its shell's mean.
+
+    A mask m convolves the transform with its own, so noise that differs from voxel to voxel has the variance convolved
+    with |F[m]|^2: in real space, its transform times the autocorrelation of the mask.
+    """
+    variance = _over_shell_mean(np.where(seen, halves[0].variance + halves[1].variance, 0), seen, sums)
+    if mask is None:
+        return variance
+    shape = (sums.box,) * 3
+    autocorrelation = scipy.fft.irfftn(np.abs(scipy.fft.rfftn(np.asarray(mask, dtype=np.float32))) ** 2, shape)
+    mixed = scipy.fft.rfftn(scipy.fft.irfftn(variance.astype(np.complex64), shape) * autocorrelation).real
+    return _over_shell_mean(np.maximum(mixed, 1e-6 * np.abs(mixed).max()), seen, sums)
+
+
+def _over_shell_mean(variance: np.ndarray, seen: np.ndarray, sums: SectorSums) -> np.ndarray:
+    mean = sums(variance * seen).sum(1) / np.maximum(sums(seen.astype(np.float32)).sum(1), 1)
     mean = by_shell(np.maximum(mean, 1e-30), sums)
     return np.where(seen, variance / mean, 1).astype(np.float32)
 

@@ -14,10 +14,11 @@ import numpy as np
 from plyfile import PlyData, PlyElement, PlyParseError
 
 from cryosplat import figures
+from cryosplat.directional import viewing_directions
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
 from cryosplat.fsc import FscCurve, write_csv, write_xml
-from cryosplat.fscfigures import directional_figure
+from cryosplat.fscfigures import directional_figure, viewing_figure
 from cryosplat.fscsuite import FscSuite
 from cryosplat.volumes import write_map
 
@@ -61,6 +62,7 @@ def write_run_outputs(
     pixel_size_a: float,
     for_the_eye: np.ndarray | None = None,
     suite: FscSuite | None = None,
+    rotations: np.ndarray | None = None,
     metrics: Mapping[str, np.ndarray] | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -76,6 +78,7 @@ def write_run_outputs(
         pixel_size_a: A/px of the maps.
         for_the_eye: (D, D, D) what the figures show; none: the delivered map as it is.
         suite: all curves of the linear half maps; none, no fsc.xml and no directional.png.
+        rotations: (N, 3, 3) of all particles, for viewing_directions.png.
         metrics: columns of metrics.csv, for loss.png; none, no figure.
         overwrite: replace the products that are there. Only a run that goes on in its own directory may.
 
@@ -107,6 +110,8 @@ def write_run_outputs(
         drawn["fsc_half_maps.png"] = lambda: figures.fsc_figure(suite.curves)
         if suite.directional is not None:
             drawn["directional.png"] = lambda: directional_figure(suite.directional)
+    if rotations is not None:
+        drawn["viewing_directions.png"] = lambda: viewing_figure(viewing_directions(rotations))
     if metrics is not None:
         drawn["loss.png"] = lambda: figures.loss_figure(metrics)
     writers |= {

@@ -21,7 +21,11 @@ from cryosplat.unpickle import read_integers, read_pickle
 _LOG = logging.getLogger("cryosplat")
 
 ROTATION_TOLERANCE = 1e-3
-"""Largest error of an element of R R^T; rotations in single precision are within 1e-6."""
+"""Largest error of an element of R R^T. Less is rounding, and mended where it is more than ``ROTATION_ROUNDING``."""
+
+ROTATION_ROUNDING = 1e-6
+"""Error of R R^T that single precision leaves. Insertion into Fourier grids bears no more in a large box: a
+coefficient next to Nyquist would fall outside the grid."""
 
 PIXEL_SIZE_TOLERANCE = 1e-3
 """Largest relative difference of A/px taken for equal: one shell in a thousand."""
@@ -241,6 +245,8 @@ def check_poses(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Check rotations (n, 3, 3) and shifts (n, 2) of the rows (n,) of a poses file, and return them.
 
+    Rotations that were rounded to a few digits are replaced by the nearest ones.
+
     Raises:
         InputError: not finite, not a rotation, a reflection, or a shift of more than half a box.
     """
@@ -253,6 +259,11 @@ def check_poses(
     )
     reflection = np.linalg.det(rotations) < 0
     _first_bad(path, rows, reflection, "a reflection (determinant -1), not a rotation: an axis is flipped")
+    rounded = error > ROTATION_ROUNDING
+    if rounded.any():
+        left, _, right = np.linalg.svd(rotations[rounded])
+        rotations = rotations.copy()
+        rotations[rounded] = left @ right
     largest = np.abs(shifts).max(axis=1)
     _first_bad(
         path,

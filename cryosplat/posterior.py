@@ -8,8 +8,9 @@ mean linear map and the truth's power P in the shell, the Wiener weight is W = P
 With gamma = s = 1 this is the posterior mean with the other half's mixture as prior, regrouped by halves: the mean of
 W L_b + (1 - W) G_a and W L_a + (1 - W) G_b. gamma, one number a shell, is what a least-squares fit to the truth gives,
 by cross-validation: <W L, T> from the linear maps of the two halves, <G_a, T> from that of half b and the other way
-round. It brings mixtures to the data's grey scale and leaves out what they merely repeat of their own half's noise. A
-gamma that is not clear of its error is shrunk towards 0: a mixture must earn its place, shell by shell. s = 1 / (mean
+round. It brings mixtures to the data's grey scale and leaves out what they merely repeat of their own half's noise. It
+is followed from shell to shell, and where the data no longer tell it keeps the value that it had: a mixture that agreed
+with the data as far as they went is believed further, one that did not is not. s = 1 / (mean
 transfer of the truth) gives every shell the truth's own amplitude, so that no radial filter is hidden in M; filtering
 and sharpening are for postprocess, where they are recorded.
 
@@ -32,12 +33,15 @@ LARGEST_GAMMA = 20.0
 """Mixtures that have not converged are too faint, by up to 5 times (seen); more is an accident of noise."""
 
 
-SAFE_RATIO = 1e-2
+SAFE_RATIO = 0.05
 """Least signal over noise that a Wiener weight is made with: far below it the ratio is an accident."""
 
 
-DOUBT = 2.0
-"""Standard errors that a mixture's gain must exceed to count at all."""
+WANDER, WANDER_SHARE = 0.1, 0.3
+"""Change of gamma from shell to shell that is expected, and as a share of it: from 2 to 0 over ten shells was seen."""
+
+LEAST_POWER = 1e-3
+"""Least power of the truth in a shell, over that of the linear map, that anything is divided by."""
 
 RISING_SHELLS = 8
 """Shells in which signal over noise may rise: the CTF is near zero at low frequency."""
@@ -88,8 +92,9 @@ def deliver(
         return Delivered(linear, whole, np.zeros(sums.shells), wiener)
     fill = np.where(sums.inside, (1 - weights) * scale, 0)
     filling = [_filtered(volume, fill) for volume in mixtures]
-    gamma, transfer = _gamma(linear, filling, halves, mask, sums)
-    scale = 1 / (1 + smooth(gamma * np.maximum(transfer, 0)))
+    room = np.maximum(1 - wiener, 1e-3) / np.maximum(wiener, 1e-6)
+    gamma, told = _gamma(linear, filling, halves, mask, room, sums)
+    scale = 1 / (1 + gamma * told * room)
     parts = tuple(
         scipy.fft.irfftn(
             scipy.fft.rfftn(one) * by_shell(scale, sums) + scipy.fft.rfftn(two) * by_shell(scale * gamma, sums),
@@ -105,23 +110,19 @@ def _wiener(
 ) -> tuple[np.ndarray, np.ndarray]:
     """W (D, D, D//2+1), 0 where a half is empty and in the corners; and its mean by shell.
 
-    Signal over noise is measured under the mask, where there is more of it, and carried over to the window: under
-    either the noise is as much as the sum of squares, and the signal what is left of the molecule.
+    Signal over noise is that under the mask: there the map is going to be looked at.
     """
     seen = np.isfinite(halves[0].variance) & np.isfinite(halves[1].variance) & sums.inside
-    pattern = relative_variance(halves, seen, sums)
-    window = _window(len(halves[0].map))
-    mask = window if mask is None else mask
+    mask = _window(len(halves[0].map)) if mask is None else mask
+    pattern = relative_variance(halves, seen, mask, sums)
     spectra = [masked_spectrum(half.map, mask, np.float32) for half in halves]
     voxels = np.maximum(sums.voxels.sum(1), 1)
     cross = sums.cross(*spectra).sum(1) / voxels
     power = sum(sums.cross(spectrum, spectrum).sum(1) for spectrum in spectra) / (2 * voxels)
     noise = np.maximum(smooth(power - cross), 1e-30) / 2  # of the mean of two halves
-    left = (mask**2 * window**2).sum() / (mask**2).sum()
-    under_window = left * (mask**2).sum() / (window**2).sum()
     told = np.where(seen, 1 / (1 + pattern) ** 2, 0)  # poorly seen voxels would bring nothing but noise
     truth = smooth(sums.cross(*spectra, told).sum(1) / np.maximum(sums(told).sum(1), 1e-30))
-    ratio = np.maximum(_falling(truth / noise), SAFE_RATIO) * under_window
+    ratio = np.maximum(_falling(truth / noise), SAFE_RATIO)
     weights = 1 / (1 + pattern / by_shell(ratio, sums))
     weights[~seen] = 0
     return weights, sums(weights).sum(1) / np.maximum(sums(sums.inside.astype(np.float32)).sum(1), 1)
@@ -157,18 +158,21 @@ def _gamma(
     filling: list[np.ndarray],
     halves: tuple[LinearHalf, LinearHalf],
     mask: np.ndarray | None,
+    room: np.ndarray,
     sums: SectorSums,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weight of the filling Y beside the linear part X by shell, and the transfer of the truth by Y.
+    """Weight of the filling Y beside the linear part X by shell, and how much of the truth is in the mixtures.
 
-    Least squares of T by alpha X + gamma Y, of which the ratio is taken. What Y says beyond X is r = <Y, T> -
-    <X, Y> <X, T> / <X, X>; with e twice the error of r, gamma is multiplied by 1 - (e / r)^2, or 0 if r is below e.
+    ``room`` (S,) is the mean factor by which mixtures enter Y.
+
+    Least squares of T by alpha X + gamma Y, of which the ratio is taken. What Y says beyond X is <Y, T> -
+    <X, Y> <X, T> / <X, X>, known with a jackknife error.
     """
 
     def spectrum(volume):
         return masked_spectrum(volume, mask, np.float32)
 
-    truth = [spectrum(half.map) for half in halves]
+    truth, room = [spectrum(half.map) for half in halves], room[:, None]
 
     def with_truth(parts):
         return 0.5 * (sums.cross(parts[0], truth[1]) + sums.cross(parts[1], truth[0]))
@@ -177,8 +181,8 @@ def _gamma(
     x_truth, y_truth = with_truth(x), with_truth(y)
     x, y = (0.5 * (parts[0] + parts[1]) for parts in (x, y))
     truth_truth, xx, xy, yy = sums.cross(*truth), sums.cross(x, x), sums.cross(x, y), sums.cross(y, y)
-    scale = np.maximum(sums.cross(truth[0], truth[0]).sum(1) * 1e-6, smooth(np.maximum(truth_truth.sum(1), 0)))[:, None]
-    products = [part / np.maximum(scale, 1e-30) for part in (x_truth, y_truth, xx, xy, yy)]
+    scale = np.maximum(smooth(xx.sum(1)), 1e-30)[:, None]  # takes out the fall of the spectrum
+    products = [part / scale for part in (x_truth, y_truth / room, xx, xy / room, yy / room**2)]
 
     def beyond(x_truth, y_truth, xx, xy, yy):
         x_truth, y_truth, xx, xy, yy = (smooth(part) for part in (x_truth, y_truth, xx, xy, yy))
@@ -187,8 +191,34 @@ def _gamma(
     gain, error = jackknife(beyond, *products)
     x_truth, y_truth, xx, xy, yy = (smooth(part.sum(1)) for part in products)
     alone = yy * x_truth - xy * y_truth  # alpha, up to the determinant
-    ratio = np.divide(xx * gain, alone, out=np.full_like(gain, LARGEST_GAMMA), where=alone > 0)
-    error = DOUBT * error
-    sure = np.where(gain > error, 1 - (error / np.where(gain > 0, gain, 1)) ** 2, 0)
-    transfer = y_truth / np.maximum(smooth(truth_truth.sum(1) / np.maximum(scale[:, 0], 1e-30)), 1e-6)
-    return smooth(np.clip(ratio, 0, LARGEST_GAMMA) * sure), transfer
+    known = alone > 0
+    to_y = xx / room[:, 0]
+    gamma = np.divide(to_y * gain, alone, out=np.zeros_like(gain), where=known)
+    sure = ~known & (gain > error)  # mixtures tell all that the linear maps do, and more
+    error = np.divide(to_y * error, alone, out=np.full_like(gain, np.inf), where=known)
+    gamma[sure], error[sure] = LARGEST_GAMMA, 0.5 * LARGEST_GAMMA
+    told, told_error = jackknife(transfer, products[1], truth_truth / scale)
+    told_error[smooth((truth_truth / scale).sum(1)) <= LEAST_POWER] = np.inf  # 0 there, whatever is left out
+    return _followed(gamma, error), _followed(told, told_error)
+
+
+def transfer(map_truth: np.ndarray, truth_truth: np.ndarray) -> np.ndarray:
+    """How much of the truth is in a map, (S,): <map, T> / <T, T>, smoothed; 0 where the latter is noise."""
+    found, power = smooth(map_truth), smooth(truth_truth)
+    return np.divide(found, power, out=np.zeros_like(found), where=power > LEAST_POWER)
+
+
+def _followed(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """A curve (S,) of uncertain values followed from shell to shell (a Kalman filter for a random walk).
+
+    Where the data tell gamma it is what they tell; where they fall silent it stays what it was in the last shells where
+    they spoke. It is never negative.
+    """
+    followed, value, variance = np.zeros(len(values)), 0.0, LARGEST_GAMMA**2
+    for shell in range(1, len(values)):
+        variance = min(variance + (WANDER + WANDER_SHARE * value) ** 2, LARGEST_GAMMA**2)
+        trust = variance / (variance + errors[shell] ** 2)
+        value = float(np.clip(value + trust * (values[shell] - value), 0, LARGEST_GAMMA))
+        variance *= 1 - trust
+        followed[shell] = value
+    return followed

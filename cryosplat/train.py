@@ -319,6 +319,7 @@ class Run:
             summary=summary,
             for_the_eye=evaluation.for_the_eye(),
             suite=suite,
+            rotations=self.trainer.table.rotations,
             pixel_size_a=pixel_size_a,
             metrics=read_metrics(self.run.folder / "metrics.csv"),
             overwrite=True,

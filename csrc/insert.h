@@ -31,6 +31,9 @@
 // Accumulators are added to, not overwritten. On the CPU the order in which a voxel's contributions are added is fixed,
 // so a result does not depend on the number of threads, bit for bit. A GPU may add in another order.
 //
+// Rotations must be rotations. One that is not finite, or so far from a rotation that points of its view may lie beyond
+// P/2, makes NaN of its grid's frequency zero or of more of that grid; nothing is written elsewhere.
+//
 // Sums are of type Scalar. In float a voxel of a million terms has a relative error near 1e-4
 // (measured in benchmarks/cpu.md), far below the noise.
 #pragma once
@@ -68,8 +71,6 @@ namespace cuda {
 // The same on the GPU that is current, in `stream` (a cudaStream_t), without waiting and without memory of its own; all
 // addresses are the GPU's, that of accumulators divisible by 16. Returns null, or what the CUDA runtime has against the
 // launch. `deterministic`: the same bits on every run, for equal V; else additions race, and rounding with them.
-// Rotations must be rotations. One that is not finite, or far from a rotation, makes NaN of its grid's frequency zero
-// or of more of that grid; nothing is written elsewhere.
 template <class Scalar>
 const char* insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar* accumulators, bool deterministic,
                    void* stream);

@@ -27,9 +27,14 @@ def reference_run(tmp_path_factory):
     return training_set.reference_run(tmp_path_factory)
 
 
+def under_mask(run_dir, name):
+    """A map of a run times the run's mask: noise of the solvent has no place in a comparison with a molecule."""
+    return read_map(run_dir / name)[0] * read_map(run_dir / "mask.mrc")[0]
+
+
 @pytest.fixture(scope="module")
 def volume(reference_run):
-    return read_map(reference_run / "map.mrc")[0]
+    return under_mask(reference_run, "map.mrc")
 
 
 def mean_fsc(volume, truth):
@@ -143,8 +148,8 @@ def test_maps_are_valid_and_have_the_pixel_size_of_the_stack(reference_run, name
 
 
 def test_both_half_maps_superpose_on_the_molecule_too(reference_run):
-    for name in ("half_a.mrc", "half_b.mrc"):
-        assert mean_fsc(read_map(reference_run / name)[0], training_set.true_map()) > 0.65
+    for name in ("half_a.mrc", "half_b.mrc", "mixture_half_a.mrc", "mixture_half_b.mrc"):
+        assert mean_fsc(under_mask(reference_run, name), training_set.true_map()) > 0.65, name
 
 
 def test_a_map_of_a_smaller_box_superposes_on_the_molecule_at_its_pixel_size(stack, tmp_path):

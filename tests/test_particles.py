@@ -109,6 +109,17 @@ def test_bad_poses_are_refused_with_file_and_first_row(tmp_path, keys, name):
     assert caught.match(message)
 
 
+def test_rotations_rounded_to_three_digits_become_rotations_and_others_stay_as_they_are(tmp_path, keys):
+    rotations, shifts = make_poses()
+    stored = rotations.copy()
+    stored[2] = stored[2].round(3)
+    write_pickle(tmp_path / "poses.pkl", (stored, shifts))
+    found = load(tmp_path, **keys).rotations
+    np.testing.assert_array_equal(np.delete(found, 2, 0), np.delete(rotations, 2, 0))
+    assert np.abs(found[2] @ found[2].T - np.eye(3)).max() < 1e-12 < np.abs(stored[2] @ stored[2].T - np.eye(3)).max()
+    assert np.abs(found[2] - rotations[2]).max() < 1e-3
+
+
 def with_ctf(column, value, row=4):
     ctf = make_ctf()
     ctf[row, column] = value

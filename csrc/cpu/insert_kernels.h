@@ -2,10 +2,12 @@
 //
 // A slab fits the last-level cache, so a pass over the views writes the grid to memory once and every
 // coefficient costs arithmetic only. A coefficient belongs to the slab of the lower of its two planes and may spill
-// into the first plane of the next; so even slabs go first and odd ones after, and no two threads meet.
+// into the first plane of the next, the last slab's into the first slab's; so even slabs go first and odd ones after,
+// the last by itself if it is even like the first, and no two threads meet.
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "mixture.h"
 
@@ -90,11 +92,25 @@ class Slab {
       along_x_[a] = scale * r[a];
       along_y_[a] = scale * r[3 + a];
     }
+    if (!is_within_grid()) {  // not a rotation: said where everyone looks
+      if (low_ <= 0 && high_ > 0)
+        for (int i = 0; i < 4; ++i) grid_[i] = std::numeric_limits<Scalar>::quiet_NaN();
+      return;
+    }
     add_rows<1>(v);
     add_rows<-1>(v);
   }
 
  private:
+  // Whether all points of the view lie within P/2 along every axis; false for NaN.
+  bool is_within_grid() const {
+    const double half = static_cast<double>(shape_.box / 2), farthest = std::sqrt(half * half - 1);
+    bool within = true;
+    for (int a = 0; a < 3; ++a)
+      within = within && std::hypot(along_x_[a], along_y_[a]) * farthest < static_cast<double>(shape_.padded / 2);
+    return within;
+  }
+
   // First kx outside the circle of radius D/2.
   std::int64_t circle_end(std::int64_t ky) const {
     const std::int64_t half = shape_.box / 2, rest = half * half - ky * ky;
@@ -185,11 +201,13 @@ void insert(const InsertShape& shape, const InsertInputs<Scalar>& in, Scalar* ac
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (std::int64_t v = 0; v < shape.views; ++v) centre_view(shape, in, v, centred.get() + v * image * 4);
 
-  for (int odd = 0; odd < 2; ++odd) {
-    const std::int64_t tasks = (slabs + 1 - odd) / 2;
+  const std::int64_t alone = slabs > 1 ? slabs % 2 : 0;  // the last slab, where it is even and meets the first
+  const std::int64_t first_slab[] = {0, 1, slabs - 1}, in_phase[] = {(slabs + 1) / 2 - alone, slabs / 2, alone};
+  for (int phase = 0; phase < 3; ++phase) {
+    const std::int64_t tasks = in_phase[phase];
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (std::int64_t task = 0; task < shape.grids * tasks; ++task) {
-      const std::int64_t grid = task / tasks, slab = 2 * (task % tasks) + odd;
+      const std::int64_t grid = task / tasks, slab = 2 * (task % tasks) + first_slab[phase];
       const std::int64_t first = slab * height - padded / 2;
       const std::int64_t left = padded / 2 - first, planes = left < height ? left : height;
       Slab<Scalar> filled(shape, in, centred.get(), accumulators + grid * padded * padded * (padded / 2 + 1) * 4, first,
