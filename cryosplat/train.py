@@ -15,6 +15,7 @@ from cryosplat import checkpoint, distributed
 from cryosplat.backprojection import back_project
 from cryosplat.config import Config, check_files, load_config, save_config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
+from cryosplat.ending import ending
 from cryosplat.errors import is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images

@@ -43,7 +43,7 @@ def trials(request):
 
 
 def test_the_estimate_is_the_true_fsc_in_the_mean_and_the_naive_one_is_far_off(trials):
-    """In the mean over shells and seeds within 0.01; the naive one is 0.1 to 0.5 off in the last shells that are known."""
+    """In the mean over shells and seeds within 0.01; the naive one is 0.1 to 0.5 off in the last known shells."""
     kind, strength, found = trials
     signed = np.array([both.curve.fsc - true for both, true, *_ in found])[:, 1:]
     one_half = np.array([one.curve.fsc - true for _, _, one, true, _ in found])[:, 1:]

@@ -12,7 +12,7 @@ LAYERS = (
     # Statements, formulas and tables that need nothing else of the package.
     ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension", "fingerprints"),
     # Single files and single operations.
-    ("files", "unpickle", "images", "atoms", "ops", "symmetry", "nulls"),
+    ("ending", "files", "unpickle", "images", "atoms", "ops", "symmetry", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
