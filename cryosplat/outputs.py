@@ -41,8 +41,6 @@ SUMMARY_KEYS = (
 )
 """Keys that every summary.json has, in this order; null where a run has no such thing."""
 
-_LIMITS = {"at_nyquist": " (Nyquist)", "at_limit_of_data": " or better (the data say nothing beyond)"}
-
 _FIELDS = {"means": 3, "scales": 3, "quaternions": 4, "amplitudes": None}
 _PLY_PROPERTIES = {
     "means": ("x", "y", "z"),
@@ -148,51 +146,6 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     raise TypeError(f"summary.json cannot hold a {type(value).__name__}")
-
-
-def ending(summary: Mapping[str, Any]) -> str:
-    """The last words of a run: what came out, what it is worth, where it lies; from all that summary.json says."""
-    folder = Path(summary["run_dir"])
-
-    def angstrom(name):
-        value, error = summary.get(f"{name}_a"), summary.get(f"{name}_error_a")
-        limit = next((words for key, words in _LIMITS.items() if summary.get(f"{name}_{key}")), "")
-        return "none" if value is None else f"{value:.2f} A" + (f" +- {error:.2f}" if error else "") + limit
-
-    rows = [("Gaussians, particles", f"{summary['gaussians']:,} a model, {summary['particles']:,}")]
-    if summary.get("resolution_naive_a") is not None:
-        rows += [
-            ("resolution", f"{angstrom('resolution')} (delivered map, calibrated FSC 0.5, under {summary['mask']})"),
-            (
-                "naive resolution",
-                f"{angstrom('resolution_naive')} (half maps of mixtures, FSC 0.143: they share the model's bias, so it "
-                "says too much)",
-            ),
-        ]
-    if summary.get("fsc_truth_mean") is not None:
-        rows.append(
-            ("against the truth", f"{angstrom('resolution_truth')} (FSC 0.5), mean FSC {summary['fsc_truth_mean']:.3f}")
-        )
-    rate, processes = summary.get("images_per_second"), summary["world_size"]
-    rows += [
-        ("time", f"{summary['training_seconds']:.0f} s of training" + (f", {rate:.0f} images/s" if rate else "")),
-        (
-            "memory",
-            f"{summary['peak_memory_gib']:.2f} GiB in {processes} process{'es' if processes > 1 else ''}",
-        ),
-        ("map", str(folder / "map.mrc")),
-    ]
-    if summary.get("resolution_naive_a") is not None:
-        rows.append(("half maps", f"{folder / 'half_a.mrc'}, half_b.mrc (linear, unfiltered: for deposition)"))
-        rows.append(("parts of the map", f"{folder / 'mixture.mrc'}, linear.mrc"))
-        rows.append(("filter and sharpen", f"cryosplat postprocess {folder} -o {folder / 'postprocess'}"))
-    rows += [
-        ("Gaussians", f"{folder / 'gaussians.npz'}, .ply"),
-        ("plots", ", ".join(str(folder / name) for name in ("fsc.png", "sections.png", "projections.png", "loss.png"))),
-        ("numbers, logs", f"{folder / 'summary.json'}, fsc.csv, metrics.csv, run.log"),
-        ("watch it", f"tensorboard --logdir {folder / 'tensorboard'}"),
-    ]
-    return "\n".join(f"{name:>22}  {value}" for name, value in rows)
 
 
 def write_mixture_npz(

@@ -25,7 +25,7 @@ from cryosplat.holdout import HoldOut
 from cryosplat.linearmaps import LinearMaps, linear_maps
 from cryosplat.metrics import read_metrics
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
-from cryosplat.outputs import ending, write_run_outputs
+from cryosplat.outputs import write_run_outputs
 from cryosplat.particles import ParticleTable, read_particles
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runs import RunState, begin_run, open_run
