@@ -19,7 +19,7 @@ from cryosplat.ending import ending
 from cryosplat.errors import is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
-from cryosplat.fscsuite import fsc_suite
+from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.holdout import HoldOut
 from cryosplat.linearmaps import LinearMaps, linear_maps
@@ -98,9 +98,10 @@ class Run:
                 self._save(monitor)
             if self.images_trained == 0:  # all was trained before, and only the products are missing
                 evaluation = self._evaluate(monitor)
-            summary = self._summary(evaluation)
+            suite = self._half_map_curves(evaluation)
+            summary = self._summary(evaluation, suite)
             if self.world.is_main:
-                self._write(evaluation, summary)
+                self._write(evaluation, suite, summary)
         return summary
 
     def _read_table(self) -> ParticleTable:
@@ -261,7 +262,17 @@ class Run:
             "training": self.before["training"] + self.training_seconds,
         }
 
-    def _summary(self, evaluation: Evaluation | None) -> dict[str, Any]:
+    def _half_map_curves(self, evaluation: Evaluation | None) -> FscSuite | None:
+        """All curves of the linear half maps, on rank 0."""
+        if self.linear is None:
+            return None
+        halves = evaluation.maps["half_a"], evaluation.maps["half_b"]
+        suite = fsc_suite(*halves, self.trainer.reconstruction.pixel_size_a, self.linear.mask)
+        for warning in suite.warnings:
+            logger.warning("linear half maps: %s", warning)
+        return suite
+
+    def _summary(self, evaluation: Evaluation | None, suite: FscSuite | None) -> dict[str, Any]:
         trainer, seconds = self.trainer, self._seconds()
         ranks = distributed.gather_objects((time.process_time(), peak_memory_gib(self.world.device)), self.world)
         summary = {
@@ -284,9 +295,11 @@ class Run:
             "halves": trainer.table.half_origin if self.config.maps.halves else None,
             "run_dir": str(self.run.folder),
         }
+        if suite is not None:
+            summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
         return distributed.broadcast_object(summary, self.world)
 
-    def _write(self, evaluation: Evaluation, summary: dict[str, Any]) -> None:
+    def _write(self, evaluation: Evaluation, suite: FscSuite | None, summary: dict[str, Any]) -> None:
         reconstruction = self.trainer.reconstruction
         box, pixel_size_a = reconstruction.box, reconstruction.pixel_size_a
         mixtures = {
@@ -295,13 +308,9 @@ class Run:
             }
             for m, name in enumerate(MODEL_NAMES[: reconstruction.mixture.models])
         }
-        suite, curves = None, dict(evaluation.curves)
-        if self.linear is not None:
-            suite = fsc_suite(evaluation.maps["half_a"], evaluation.maps["half_b"], pixel_size_a, self.linear.mask)
+        curves = dict(evaluation.curves)
+        if suite is not None:
             curves |= {name: curve for name, curve in suite.curves.items() if name != "masked"}
-            summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
-            for warning in suite.warnings:
-                logger.warning("linear half maps: %s", warning)
         save_config(self.config, self.run.folder / "config.yaml")
         write_run_outputs(
             self.run.folder,

@@ -18,6 +18,7 @@ from ranks import environment
 from stacks import make_ctf, make_images, make_poses, write_dataset, write_pickle, write_stack, write_star
 
 from cryosplat import __version__, cli, train
+from cryosplat.ending import ending
 from cryosplat.fsc import fsc
 from cryosplat.outputs import SUMMARY_KEYS
 from cryosplat.volumes import read_map
@@ -221,7 +222,7 @@ def test_a_run_leaves_all_its_products_and_nothing_half_written(reference_run):
         "checkpoints", "config.yaml", "directional.png", "fsc.csv", "fsc.png", "fsc.xml", "fsc_half_maps.png",
         "gaussians.npz", "gaussians.ply", "half_a.mrc", "half_b.mrc", "linear.mrc", "loss.png", "map.mrc", "mask.mrc",
         "metrics.csv", "mixture.mrc", "mixture_half_a.mrc", "mixture_half_b.mrc", "projections.png", "run.log",
-        "sections.png", "summary.json", "tensorboard",
+        "sections.png", "summary.json", "tensorboard", "viewing_directions.png",
     ]  # fmt: skip
     assert all(path.stat().st_size for path in reference_run.rglob("*") if path.is_file() and path.name != "run.log")
     assert sorted(path.name for path in (reference_run / "checkpoints").iterdir()) == [
@@ -273,7 +274,7 @@ def test_the_ending_says_what_came_out_and_where_it_is(command, stack, reference
 def test_the_ending_says_what_limits_the_resolution(reference_run, found, words):
     summary = json.loads((reference_run / "summary.json").read_text())
     limits = {"resolution_error_a": None, "resolution_at_nyquist": False, "resolution_at_limit_of_data": False}
-    assert f"  {words}" in train.ending(summary | limits | found)
+    assert f"  {words}" in ending(summary | limits | found)
 
 
 def test_the_curves_of_a_run_are_of_its_maps(reference_run):

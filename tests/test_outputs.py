@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from plyfile import PlyData
+from scipy.spatial.transform import Rotation
 
 from cryosplat import figures
 from cryosplat.errors import InputError
@@ -66,6 +67,7 @@ def products():
         "mixtures": {name: mixture(seed=seed) for seed, name in enumerate(("full", "half_a", "half_b"))},
         "curves": curves,
         "suite": suite,
+        "rotations": Rotation.random(50, random_state=0).as_matrix(),
         "summary": {"particles": 100, "fsc_truth_mean": np.float64(mean_fsc(curves["truth"])), "note": "extra"},
         "pixel_size_a": PIXEL_SIZE_A,
         "metrics": {"step": np.arange(3.0), "loss_full": np.ones(3), "loss_half_a": np.full(3, np.nan)},
@@ -85,6 +87,7 @@ def test_a_run_leaves_all_its_products_and_no_temporary_files(run_dir):
         "directional.png", "fsc.csv", "fsc.png", "fsc.xml", "fsc_half_maps.png", "gaussians.npz", "gaussians.ply",
         "half_a.mrc", "half_b.mrc", "linear.mrc", "loss.png", "map.mrc", "mask.mrc", "mixture.mrc",
         "mixture_half_a.mrc", "mixture_half_b.mrc", "projections.png", "sections.png", "summary.json",
+        "viewing_directions.png",
     ]  # fmt: skip
 
 
@@ -253,7 +256,9 @@ def test_figures_show_what_is_for_the_eye(tmp_path):
 def test_a_run_without_halves_truth_or_metrics_writes_what_it_has(tmp_path):
     whole = products()
     only_full = {"maps": {"map": whole["maps"]["map"]}, "mixtures": {"full": whole["mixtures"]["full"]}}
-    written = write_run_outputs(tmp_path, **{**whole, **only_full, "curves": {}, "suite": None, "metrics": None})
+    written = write_run_outputs(
+        tmp_path, **{**whole, **only_full, "curves": {}, "suite": None, "metrics": None, "rotations": None}
+    )
     assert sorted(path.name for path in written) == sorted(path.name for path in tmp_path.iterdir())
     assert {path.name for path in written} == {
         "map.mrc", "gaussians.npz", "gaussians.ply", "sections.png", "projections.png", "summary.json",

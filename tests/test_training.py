@@ -188,6 +188,14 @@ def test_a_run_says_how_many_ranks_it_had(torchrun):
     assert ended.stdout.count("naive resolution") == 1 and "Traceback" not in ended.stderr
 
 
+def test_every_rank_is_given_what_the_summary_says(jobs):
+    folder = jobs[0] / "noise"
+    written = json.loads((folder / "run" / "summary.json").read_text())
+    assert "anisotropy" in written
+    for rank in (0, 1):
+        assert json.loads((folder / f"summary{rank}.json").read_text()) == written
+
+
 # Halves
 
 
