@@ -83,17 +83,17 @@ def deliver(
         mask: (D, D, D) that gamma is fitted under; None: no mask.
         sums: of the box.
     """
-    weights, wiener = _wiener(halves, mask, sums)
+    weights, wiener, seen = _wiener(halves, mask, sums)
     whole = _filtered(0.5 * (halves[0].map + halves[1].map), weights)
     # Scaled to the truth's amplitude before anything leaves the window: a steep radial filter would mix shells there.
     scale = 1 / by_shell(np.maximum(wiener, 1e-6), sums)
     linear = tuple(_filtered(half.map, weights * scale) for half in halves)
     if mixtures is None:
         return Delivered(linear, whole, np.zeros(sums.shells), wiener)
-    fill = np.where(sums.inside, (1 - weights) * scale, 0)
-    filling = [_filtered(volume, fill) for volume in mixtures]
+    fill = np.where(seen, (1 - weights) * scale, 0)
+    filling = tuple(_filtered(volume, fill) for volume in mixtures)
     room = np.maximum(1 - wiener, 1e-3) / np.maximum(wiener, 1e-6)
-    gamma, told = _gamma(linear, filling, halves, mask, room, sums)
+    gamma, told = _fit(_Products(linear, filling, halves, mask, room, sums))
     scale = 1 / (1 + gamma * told * room)
     parts = tuple(
         scipy.fft.irfftn(
@@ -102,13 +102,17 @@ def deliver(
         ).astype(np.float32)
         for one, two in zip(linear, filling, strict=True)
     )
+    if not seen[sums.inside].all():
+        parts = tuple(
+            part + alone for part, alone in zip(parts, _where_alone(mixtures, halves, mask, seen, sums), strict=True)
+        )
     return Delivered(parts, whole, gamma, wiener)
 
 
 def _wiener(
     halves: tuple[LinearHalf, LinearHalf], mask: np.ndarray | None, sums: SectorSums
-) -> tuple[np.ndarray, np.ndarray]:
-    """W (D, D, D//2+1), 0 where a half is empty and in the corners; and its mean by shell.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """W (D, D, D//2+1), 0 where a half is empty and in the corners; its mean by shell where not; and where not.
 
     Signal over noise is that under the mask: there the map is going to be looked at.
     """
@@ -125,7 +129,7 @@ def _wiener(
     ratio = np.maximum(_falling(truth / noise), SAFE_RATIO)
     weights = 1 / (1 + pattern / by_shell(ratio, sums))
     weights[~seen] = 0
-    return weights, sums(weights).sum(1) / np.maximum(sums(sums.inside.astype(np.float32)).sum(1), 1)
+    return weights, sums(weights).sum(1) / np.maximum(sums(seen.astype(np.float32)).sum(1), 1), seen
 
 
 def _falling(ratio: np.ndarray) -> np.ndarray:
@@ -153,57 +157,83 @@ def _filtered(volume: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (scipy.fft.irfftn(spectrum, volume.shape, overwrite_x=True) / undone).astype(np.float32)
 
 
-def _gamma(
-    linear: tuple[np.ndarray, np.ndarray],
-    filling: list[np.ndarray],
-    halves: tuple[LinearHalf, LinearHalf],
-    mask: np.ndarray | None,
-    room: np.ndarray,
-    sums: SectorSums,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weight of the filling Y beside the linear part X by shell, and how much of the truth is in the mixtures.
+class _Products:
+    """Sums over shells and sectors that X (linear), Y (filling) and the truth make, under the mask.
 
-    ``room`` (S,) is the mean factor by which mixtures enter Y.
+    Y is divided by ``room`` (S,), the mean factor that mixtures enter it with, and all by the power of X, which takes
+    out the fall of the spectrum.
+    """
+
+    def __init__(
+        self,
+        linear: tuple[np.ndarray, np.ndarray],
+        filling: tuple[np.ndarray, np.ndarray],
+        halves: tuple[LinearHalf, LinearHalf],
+        mask: np.ndarray | None,
+        room: np.ndarray,
+        sums: SectorSums,
+    ):
+        def spectra(volumes):
+            return [masked_spectrum(volume, mask, np.float32) for volume in volumes]
+
+        self.room = room
+        x, y, truth = spectra(linear), spectra(filling), spectra(half.map for half in halves)
+        x_truth, y_truth = (0.5 * (sums.cross(p[0], truth[1]) + sums.cross(p[1], truth[0])) for p in (x, y))
+        x, y = (0.5 * (parts[0] + parts[1]) for parts in (x, y))
+        xx, room = sums.cross(x, x), room[:, None]
+        scale = np.maximum(smooth(xx.sum(1)), 1e-30)[:, None]
+        self.x_truth, self.y_truth = x_truth / scale, y_truth / room / scale
+        self.xx, self.xy, self.yy = xx / scale, sums.cross(x, y) / room / scale, sums.cross(y, y) / room**2 / scale
+        self.truth = sums.cross(*truth) / scale
+
+
+def _fit(p: _Products) -> tuple[np.ndarray, np.ndarray]:
+    """By shell: gamma; and how much of the truth is in the mixtures.
 
     Least squares of T by alpha X + gamma Y, of which the ratio is taken. What Y says beyond X is <Y, T> -
     <X, Y> <X, T> / <X, X>, known with a jackknife error.
     """
 
-    def spectrum(volume):
-        return masked_spectrum(volume, mask, np.float32)
-
-    truth, room = [spectrum(half.map) for half in halves], room[:, None]
-
-    def with_truth(parts):
-        return 0.5 * (sums.cross(parts[0], truth[1]) + sums.cross(parts[1], truth[0]))
-
-    x, y = ([spectrum(part) for part in parts] for parts in (linear, filling))
-    x_truth, y_truth = with_truth(x), with_truth(y)
-    x, y = (0.5 * (parts[0] + parts[1]) for parts in (x, y))
-    truth_truth, xx, xy, yy = sums.cross(*truth), sums.cross(x, x), sums.cross(x, y), sums.cross(y, y)
-    scale = np.maximum(smooth(xx.sum(1)), 1e-30)[:, None]  # takes out the fall of the spectrum
-    products = [part / scale for part in (x_truth, y_truth / room, xx, xy / room, yy / room**2)]
-
     def beyond(x_truth, y_truth, xx, xy, yy):
         x_truth, y_truth, xx, xy, yy = (smooth(part) for part in (x_truth, y_truth, xx, xy, yy))
         return y_truth - xy * x_truth / np.maximum(xx, 1e-30)
 
-    gain, error = jackknife(beyond, *products)
-    x_truth, y_truth, xx, xy, yy = (smooth(part.sum(1)) for part in products)
+    gain, error = jackknife(beyond, p.x_truth, p.y_truth, p.xx, p.xy, p.yy)
+    x_truth, y_truth, xx, xy, yy = (smooth(part.sum(1)) for part in (p.x_truth, p.y_truth, p.xx, p.xy, p.yy))
     alone = yy * x_truth - xy * y_truth  # alpha, up to the determinant
-    known = alone > 0
-    to_y = xx / room[:, 0]
+    known, to_y = alone > 0, xx / p.room
     gamma = np.divide(to_y * gain, alone, out=np.zeros_like(gain), where=known)
     sure = ~known & (gain > error)  # mixtures tell all that the linear maps do, and more
     error = np.divide(to_y * error, alone, out=np.full_like(gain, np.inf), where=known)
     gamma[sure], error[sure] = LARGEST_GAMMA, 0.5 * LARGEST_GAMMA
-    told, told_error = jackknife(transfer, products[1], truth_truth / scale)
-    told_error[smooth((truth_truth / scale).sum(1)) <= LEAST_POWER] = np.inf  # 0 there, whatever is left out
+    told, told_error = jackknife(transfer, p.y_truth, p.truth)
+    told_error[smooth(p.truth.sum(1)) <= LEAST_POWER] = np.inf  # 0 there, whatever is left out
     return _followed(gamma, error), _followed(told, told_error)
 
 
+def _where_alone(
+    mixtures: tuple[np.ndarray, np.ndarray],
+    halves: tuple[LinearHalf, LinearHalf],
+    mask: np.ndarray | None,
+    seen: np.ndarray,
+    sums: SectorSums,
+) -> list[np.ndarray]:
+    """Mixtures' maps where no image of either half has told anything, and mixtures are all that is known.
+
+    They come with the factor <G, T> / <G, G> of the voxels that are seen: what is overfitted there counts less here.
+    """
+    g = [masked_spectrum(_filtered(volume, seen.astype(np.float32)), mask, np.float32) for volume in mixtures]
+    truth = [masked_spectrum(half.map, mask, np.float32) for half in halves]
+    g_truth = 0.5 * (sums.cross(g[0], truth[1]) + sums.cross(g[1], truth[0]))
+    g = 0.5 * (g[0] + g[1])
+    power = sums.cross(g, g)
+    scale = np.maximum(smooth(power.sum(1)), 1e-30)[:, None]
+    factor = _followed(*jackknife(transfer, g_truth / scale, power / scale))
+    return [_filtered(volume, np.where(sums.inside & ~seen, by_shell(factor, sums), 0)) for volume in mixtures]
+
+
 def transfer(map_truth: np.ndarray, truth_truth: np.ndarray) -> np.ndarray:
-    """How much of the truth is in a map, (S,): <map, T> / <T, T>, smoothed; 0 where the latter is noise."""
+    """<map, T> / <T, T> (S,), smoothed: how much of the truth is in a map; 0 where the latter is below LEAST_POWER."""
     found, power = smooth(map_truth), smooth(truth_truth)
     return np.divide(found, power, out=np.zeros_like(found), where=power > LEAST_POWER)
 

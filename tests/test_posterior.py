@@ -168,8 +168,7 @@ def test_empty_voxels_and_odd_halves_give_finite_maps():
 
 
 def test_mixtures_fill_an_empty_cone():
-    """Linear maps have nothing within 45 degrees of z, where mixtures have the truth. Not all of it arrives: gamma is
-    learnt beside the cone, where with little noise there is nothing to learn it from."""
+    """Linear maps have nothing within 45 degrees of z, where mixtures have the truth."""
     inside = np.abs(np.fft.fftfreq(BOX, 1 / BOX)[:, None, None]) > 0.7 * np.maximum(RADIUS, 1)
     noises = [half_noise(TRUTH, 1.0, seed) for seed in (0, 1000)]
     halves = tuple(linear_half(TRUTH, own, seen=~inside) for own in noises)
@@ -180,4 +179,4 @@ def test_mixtures_fill_an_empty_cone():
         found = masked_spectrum(deliver(halves, maps, MASK, SUMS).map, MASK) * weights
         scores.append(shell_sums(found, masked_spectrum(TRUTH, MASK) * weights)[:, 3:12])
     filled, bare = (cross / power for cross, _, power in scores)
-    assert filled.mean() > bare.mean() + 0.15 and filled.max() < 1.2
+    assert abs(bare.mean()) < 0.1 and 0.7 < filled.mean() < 1.1 and filled.max() < 1.3, filled
