@@ -141,7 +141,7 @@ def jitter_poses(folder: Path, snr: str, seed: int) -> None:
 
 
 def reconstruct(folder: Path, what: Set, before: dict[str, float] | None) -> dict[str, float]:
-    """All reconstructions of a set, or (given the CPU seconds of the first time) ours from the trained mixtures.
+    """All reconstructions of a set, or (given the CPU seconds of the first time) the run's products anew.
 
     Returns:
         CPU seconds by program.
@@ -155,10 +155,11 @@ def reconstruct(folder: Path, what: Set, before: dict[str, float] | None) -> dic
             for name, subset in subsets.items()
         )
         shutil.rmtree(folder / "run", ignore_errors=True)
+        shutil.rmtree(folder / "linear", ignore_errors=True)
     data = [f"data.particles={star}", "data.poses=poses.pkl", "data.ctf=ctf.pkl"]
     program = [sys.executable, "-m", "cryosplat.cli"]
-    shutil.rmtree(folder / "linear", ignore_errors=True)
-    seconds["backproject"] = call(*program, "backproject", *data, "-o", "linear", cwd=folder)
+    if before is None:
+        seconds["backproject"] = call(*program, "backproject", *data, "-o", "linear", cwd=folder)
     # Without its summary a trained run makes its products anew from the last checkpoint.
     (folder / "run/summary.json").unlink(missing_ok=True)
     taken = call(*program, "train", *data, "run_dir=run", "maps.every=100", cwd=folder)
@@ -266,7 +267,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--again", action="store_true", help="linear maps and products anew, not the training")
+    parser.add_argument("--again", action="store_true", help="products of the runs anew, without training")
     parser.add_argument("--table", action="store_true", help="print what is there and do nothing")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -24,13 +24,17 @@ import scipy.fft
 from cryosplat.backprojection import LinearHalf
 from cryosplat.conventions import RESOLUTION_THRESHOLD_TRUTH, shell_to_angstrom
 from cryosplat.fsc import FscCurve, Resolution, masked_spectrum, resolution
-from cryosplat.sectors import SectorSums, jackknife, smooth
+from cryosplat.sectors import SMOOTHING, SectorSums, jackknife, smooth
 
 CERTAINTY = 3.0
 """Standard errors that the truth's power must be above zero."""
 
 ALWAYS_CERTAIN = 4
 """Shells in which that is not asked: they hold too few voxels for a jackknife, and no data set fails in them alone."""
+
+WANTED_ERROR = 0.06
+"""Relative standard error of the truth's power in a shell that is good enough: 3 % of an FSC. With 0.04 even sets were
+smoothed too much, with 0.08 preferred ones too little (benchmarks/quality.md)."""
 
 SAFE_POWER = 1e-3
 """Least power of the truth, as a fraction of the noise's, in the weights of its own estimate."""
@@ -105,6 +109,21 @@ class Calibration:
             weights[~seen] = 0
             self.truth, self.weight = self.sums.cross(*self.spectra, weights), self.sums(weights.astype(np.float32))
             truth = smooth(self.truth.sum(1) / np.maximum(self.weight.sum(1), 1e-30))
+        self.reach = self._reach()
+
+    def _reach(self) -> np.ndarray:
+        """Shells on either side (S,) to average over: as few as leave <T, T> an error of ``WANTED_ERROR``, at most 2.
+
+        Where the truth is well known its curves are not smooth, and averaging would make them so.
+        """
+
+        def truth(truth, weight):
+            return truth / np.maximum(weight, 1e-30)
+
+        value, error = jackknife(truth, self.truth, self.weight)
+        relative = np.divide(error, value, out=np.full_like(error, np.inf), where=value > 0)
+        smoothed = np.sqrt(2 * np.arange(SMOOTHING + 1) + 1)[:, None]
+        return np.where(relative > WANTED_ERROR * smoothed, 1, 0).sum(0).clip(max=SMOOTHING)
 
     def of_half(self, volume: np.ndarray, half: int) -> Calibrated:
         """FSC to the truth of a map (D, D, D) made from half 0 or 1 alone."""
@@ -119,14 +138,14 @@ class Calibration:
         return self._calibrated(cross, self.sums.cross(mean, mean))
 
     def _calibrated(self, cross: np.ndarray, power: np.ndarray) -> Calibrated:
-        voxels = self.sums.voxels
+        voxels, reach = self.sums.voxels, self.reach
 
         def truth_over_power(truth, weight, voxels, power):
             estimate = truth / np.maximum(weight, 1e-30) * voxels
-            return smooth(np.divide(estimate, power, out=np.zeros_like(estimate), where=power > 0))
+            return smooth(np.divide(estimate, power, out=np.zeros_like(estimate), where=power > 0), reach)
 
         def to_truth(cross, power, truth, weight, voxels):
-            ratio = smooth(np.divide(cross, power, out=np.zeros_like(cross), where=power > 0))
+            ratio = smooth(np.divide(cross, power, out=np.zeros_like(cross), where=power > 0), reach)
             relative = truth_over_power(truth, weight, voxels, power)
             return np.divide(ratio, np.sqrt(np.maximum(relative, 0)), out=np.zeros_like(ratio), where=relative > 0)
 

@@ -62,12 +62,16 @@ class SectorSums:
         return self(product if weights is None else product * weights)
 
 
-def smooth(curve: np.ndarray) -> np.ndarray:
-    """Mean (S, ...) of a curve over neighbouring shells, over fewer at the ends; shell 0 is left as it is."""
+def smooth(curve: np.ndarray, reach: np.ndarray | int = SMOOTHING) -> np.ndarray:
+    """Mean (S, ...) of a curve over neighbouring shells, over fewer at the ends; shell 0 is left as it is.
+
+    ``reach``: shells on either side, one number or one for every shell.
+    """
+    reach = np.broadcast_to(reach, len(curve))
     smoothed = np.array(curve, dtype=np.float64)
     for shell in range(1, len(curve)):
-        reach = min(SMOOTHING, shell // UNSMOOTHED_FRACTION, len(curve) - 1 - shell)
-        smoothed[shell] = np.mean(curve[shell - reach : shell + reach + 1], axis=0)
+        sides = min(int(reach[shell]), shell // UNSMOOTHED_FRACTION, len(curve) - 1 - shell)
+        smoothed[shell] = np.mean(curve[shell - sides : shell + sides + 1], axis=0)
     return smoothed
 
 
