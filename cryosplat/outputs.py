@@ -6,7 +6,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +94,11 @@ def write_run_outputs(
     }
     writers["gaussians.npz"] = lambda path: write_mixture_npz(path, mixtures, **grid, overwrite=overwrite)
     writers["gaussians.ply"] = lambda path: write_mixture_ply(path, mixtures["full"], **grid, overwrite=overwrite)
-    drawn = {
-        "sections.png": lambda: figures.sections_figure(shown, pixel_size_a),
-        "projections.png": lambda: figures.projections_figure(shown, pixel_size_a),
-    }
     if curves:
         writers["fsc.csv"] = lambda path: write_csv(path, curves, overwrite, errors=True)
-        chosen = {name: curves[name] for name in RUN_CURVES if name in curves} or curves
-        drawn["fsc.png"] = lambda: figures.fsc_figure(chosen)
     if suite is not None:
-        title = "linear half maps"
-        writers["fsc.xml"] = lambda path: write_xml(path, suite.curves[suite.final], title, overwrite)
-        drawn["fsc_half_maps.png"] = lambda: figures.fsc_figure(suite.curves)
-        if suite.directional is not None:
-            drawn["directional.png"] = lambda: directional_figure(suite.directional)
-    if rotations is not None:
-        drawn["viewing_directions.png"] = lambda: viewing_figure(viewing_directions(rotations))
-    if metrics is not None:
-        drawn["loss.png"] = lambda: figures.loss_figure(metrics)
+        writers["fsc.xml"] = lambda path: write_xml(path, suite.curves[suite.final], "linear half maps", overwrite)
+    drawn = _drawings(shown, pixel_size_a, curves, suite, rotations, metrics)
     writers |= {
         name: lambda path, draw=draw: figures.save(draw(), path, overwrite=overwrite) for name, draw in drawn.items()
     }
@@ -122,6 +109,33 @@ def write_run_outputs(
     for name, write in writers.items():
         write(run_dir / name)
     return [run_dir / name for name in writers]
+
+
+def _drawings(
+    shown: np.ndarray,
+    pixel_size_a: float,
+    curves: Mapping[str, FscCurve],
+    suite: FscSuite | None,
+    rotations: np.ndarray | None,
+    metrics: Mapping[str, np.ndarray] | None,
+) -> dict[str, Callable[[], Any]]:
+    """What draws each figure of a run, by its file; arguments as of ``write_run_outputs``."""
+    drawn = {
+        "sections.png": lambda: figures.sections_figure(shown, pixel_size_a),
+        "projections.png": lambda: figures.projections_figure(shown, pixel_size_a),
+    }
+    if curves:
+        chosen = {name: curves[name] for name in RUN_CURVES if name in curves} or curves
+        drawn["fsc.png"] = lambda: figures.fsc_figure(chosen)
+    if suite is not None:
+        drawn["fsc_half_maps.png"] = lambda: figures.fsc_figure(suite.curves)
+        if suite.directional is not None:
+            drawn["directional.png"] = lambda: directional_figure(suite.directional)
+    if rotations is not None:
+        drawn["viewing_directions.png"] = lambda: viewing_figure(viewing_directions(rotations))
+    if metrics is not None:
+        drawn["loss.png"] = lambda: figures.loss_figure(metrics)
+    return drawn
 
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any], overwrite: bool = False) -> None:
