@@ -100,7 +100,12 @@ def test_a_spherical_mask_is_one_inside_half_in_the_middle_of_its_edge_and_nothi
 
 
 def test_a_mask_may_overshoot_by_rounding():
-    check_mask(np.full((8, 8, 8), 0.5) + 5e-5)
+    mask = spherical_mask(16)
+    mask[8, 8, 8] = 1 + 5e-5
+    check_mask(mask)
+    mask[8, 8, 8] = 1 + 5e-4
+    with pytest.raises(InputError, match="from 0 to 1"):
+        check_mask(mask)
 
 
 def test_a_mask_that_keeps_most_of_the_box_is_warned_of(caplog):
