@@ -103,7 +103,8 @@ def _reconstruct(
         return {}, dataset.pixel_size_a, []
     if not halves:
         return {"unregularised": linear_half(sums[0], dataset.box).map}, dataset.pixel_size_a, []
-    found = linear_maps(sums, dataset.box, dataset.pixel_size_a, read.mask, f"data.mask={data.mask}")
+    both = linear_half(sums[0], dataset.box), linear_half(sums[1], dataset.box)
+    found = linear_maps(both, dataset.pixel_size_a, read.mask, f"data.mask={data.mask}")
     wiener = deliver(found.halves, None, found.mask, found.calibration.sums).linear
     sums[0] += sums[1]
     maps = {

@@ -25,6 +25,7 @@ from torch import Tensor
 from cryosplat import distributed, ops
 from cryosplat.ctf import ctf_image
 from cryosplat.dataset import ParticleDataset, shells_of_half_plane
+from cryosplat.quadratic import NormalEquations
 
 PADDING = 2
 """Side of the Fourier grid over that of the box: trilinear interpolation needs a volume with room round it."""
@@ -69,10 +70,12 @@ class LinearHalf:
         map: (D, D, D) float32, [z, y, x], in the units of a mixture's map; its transform is zero where empty.
         variance: (D, D, D//2+1) float32, of the noise of the map's transform (``rfftn``) by voxel, up to a factor near
             1; infinite where empty.
+        equations: the likelihood of its images, which mixtures are fitted to.
     """
 
     map: np.ndarray
     variance: np.ndarray
+    equations: NormalEquations | None = None
 
 
 def noise_variance(radial: np.ndarray, box: int) -> Tensor:
@@ -130,6 +133,7 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
     grid = _Grid(box, sums.device)
     denominator = _hermitian(sums[..., 2].clone())
     in_space = grid.to_space(denominator)
+    kernel = NormalEquations.cut_kernel(in_space, box)
     narrow, whole = grid.gaussian(math.sqrt(NARROW_VARIANCE)), grid.gaussian(KERNEL_VOXELS)
     noise = grid.average(in_space, narrow).real[grid.of_box]
     averaged = grid.average(in_space, whole / narrow).real.contiguous()  # which has been multiplied by narrow already
@@ -145,13 +149,16 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
     variance = torch.where(inverse[grid.of_box] > 0, noise * inverse[grid.of_box] ** 2, torch.inf)
     del averaged, seen, noise
     numerator = _hermitian(torch.complex(sums[..., 0], sums[..., 1]))
-    volume = grid.solve(numerator, inverse)
+    in_space = grid.to_space(numerator)
+    equations = NormalEquations(kernel, NormalEquations.cut_data(in_space, box))
+    volume = grid.solve(in_space, inverse)
+    del in_space
     residual = numerator.sub_(grid.from_map(volume).mul_(denominator))
-    volume += grid.solve(residual, inverse)
+    volume += grid.solve(grid.to_space(residual), inverse)
     del numerator, residual, inverse
     # Cropping has filled the empty voxels from their neighbours, with what is at the box's edges above all.
     known = torch.fft.rfftn(volume).masked_fill_(variance.isinf(), 0)
-    return LinearHalf(torch.fft.irfftn(known, s=volume.shape).cpu().numpy(), variance.cpu().numpy())
+    return LinearHalf(torch.fft.irfftn(known, s=volume.shape).cpu().numpy(), variance.cpu().numpy(), equations)
 
 
 def _hermitian(grid: Tensor) -> Tensor:
@@ -187,9 +194,9 @@ class _Grid:
         """A half-spectrum, given in real space (which is overwritten), convolved with what ``gaussian`` is of."""
         return torch.fft.rfftn(_times(in_space, window))
 
-    def solve(self, numerator: Tensor, inverse: Tensor) -> Tensor:
-        """S of the module's docstring: the map (D, D, D) of n, with 1 / (G * d) given."""
-        spectrum = self.average(self.to_space(numerator), self.gaussian(KERNEL_VOXELS)).mul_(inverse)
+    def solve(self, in_space: Tensor, inverse: Tensor) -> Tensor:
+        """S of the module's docstring: the map (D, D, D) of n in real space (overwritten), with 1 / (G * d) given."""
+        spectrum = self.average(in_space, self.gaussian(KERNEL_VOXELS)).mul_(inverse)
         # Axis by axis, each cropped before the next is transformed. Orthonormal image transforms make the factor D.
         for axis in (0, 1):
             spectrum = torch.fft.ifft(spectrum, dim=axis).index_select(axis, self._rows)

@@ -32,6 +32,7 @@ class DataConfig:
     first: int | None = None  # use only the first particles
     invert: bool = True  # cryoDRGN's default: true for particles white on dark
     check_sign: bool = True  # stop if the images are clearly of the other sign
+    check_signal: bool = True  # stop after the first pass if the linear half maps agree on nothing
     box: int | None = None  # px, even; images are Fourier-cropped to it
     pixel_size: float | None = None  # A/px of the stored images; only without a CTF
     truth: str | None = None  # map to compare with, simulations only
@@ -47,8 +48,9 @@ class DataConfig:
 class ModelConfig:
     """The Gaussian mixture and its random start (lengths in fractions of the box)."""
 
-    gaussians: int = 8192
-    amplitudes: str = "positive"  # positive (the paper's softplus), or signed
+    gaussians: int | None = None  # none: from each half's own volume and resolution (start=map only)
+    start: str = "map"  # map: drawn from the density of the linear map; random: at random round the centre
+    amplitudes: str = "signed"  # signed, or positive (the paper's softplus)
     spread: float = 0.075  # standard deviation of the initial positions
     scale: float = 0.0075  # initial standard deviation of a Gaussian
     scale_min: float = 0.004
@@ -57,8 +59,17 @@ class ModelConfig:
 
 
 @dataclass
+class VolumeConfig:
+    """The fit in the volume, to the likelihood of all images at once, before any image by itself."""
+
+    steps: int = 120  # 0: none
+    step_px: float = 0.06  # first step of a position, px
+    prior: float = 0.5  # nats; how firmly amplitudes are held to the mean one where images do not tell
+
+
+@dataclass
 class TrainConfig:
-    epochs: int = 5
+    epochs: int = 0
     batch: int = 32  # images a step, over all ranks
     lr: float = 1e-2  # one rate for all parameters
     schedule: str = "cosine"  # cosine, exponential or constant
@@ -99,6 +110,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    volume: VolumeConfig = field(default_factory=VolumeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     maps: MapsConfig = field(default_factory=MapsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -112,6 +124,7 @@ CHOICES = {
     "data.precision": ("half", "single"),
     "data.null": ("none", "phases", "noise"),
     "model.amplitudes": ("signed", "positive"),
+    "model.start": ("map", "random"),
     "train.schedule": ("cosine", "exponential", "constant"),
     "train.device": ("auto", "cpu", "cuda"),
     "distributed.backend": ("auto", "gloo", "nccl"),
@@ -130,7 +143,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.scale_min": (lambda value: value > 0, "a fraction of the box above 0"),
     "model.scale_max": (lambda value: value <= 0.5, "a fraction of the box, at most 0.5"),
     "model.cutoff": (lambda value: 2 <= value <= 8, "2 to 8 standard deviations"),
-    "train.epochs": (lambda value: value >= 1, "at least 1"),
+    "train.epochs": (lambda value: value >= 0, "0 or more"),
+    "volume.steps": (lambda value: value >= 0, "0 or more"),
+    "volume.step_px": (lambda value: value > 0, "more than 0 px"),
+    "volume.prior": (lambda value: value >= 0, "0 or more nats"),
     "train.batch": (lambda value: value >= 1, "at least 1 image"),
     "train.lr": (lambda value: value > 0, "more than 0"),
     "train.lr_final": (lambda value: 0 <= value <= 1, "a fraction of train.lr, 0 to 1"),

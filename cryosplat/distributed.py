@@ -366,6 +366,20 @@ def broadcast_object(item: Any, world: World, source: int = 0) -> Any:
     return items[0]
 
 
+def send_object(item: Any, rank: int, world: World) -> Any:
+    """The picklable ``item`` of rank 0, on ``rank`` (and on rank 0 itself); None on the others."""
+    if rank == 0 or world.size == 1:
+        return item
+    if world.rank not in (0, rank):
+        return None
+    items = [item]
+    if world.is_main:
+        dist.send_object_list(items, dst=rank, device=torch.device("cpu"))
+    else:
+        dist.recv_object_list(items, src=0, device=torch.device("cpu"))
+    return items[0]
+
+
 def together(work: Callable[[], Result], world: World) -> Result:
     """Do each rank's own ``work``, and stop all ranks if one of them finds something the user must mend.
 

@@ -135,7 +135,7 @@ def evaluate(reconstruction: Reconstruction, comparison: Comparison, linear: Lin
         curves = {} if truth is None else {"truth": fsc(volumes[FULL], truth, pixel_size_a, comparison.mask)}
         return Evaluation({"map": volumes[FULL]}, curves, mask_origin=comparison.mask_name)
     mixtures = (volumes[1], volumes[2])
-    delivered = deliver(linear.halves, mixtures, linear.mask, linear.calibration.sums)
+    delivered = deliver(linear.halves, mixtures, linear.mask, linear.calibration.sums, volumes[FULL])
     maps = {
         "map": delivered.map,
         "mixture": volumes[FULL],

@@ -1,6 +1,7 @@
 """The Gaussian mixtures that are trained: parameters, activations, random start, export."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ scales at the one learning rate; at 1 signed amplitudes hardly moved in five epo
 
 
 class GaussianMixture(nn.Module):
-    """M mixtures (full, half a, half b) of G anisotropic Gaussians each, sharing nothing.
+    """M mixtures (full, half a, half b) of anisotropic Gaussians, sharing nothing, not even how many they are.
 
     Each mixture is one parameter tensor (G, 11) with, per Gaussian: position x, y, z as a fraction of the box from its
     centre; three scales s through softplus, fractions of the box; a quaternion w, x, y, z, normalised
@@ -28,20 +29,30 @@ class GaussianMixture(nn.Module):
     the raw number ("signed") or its softplus ("positive", as in the paper), so that the learning rate
     means the same whatever the grey levels of the images are.
 
+    Where the mixtures are seen together, as (M, G, ...), G is the size of the largest. The others are filled up with
+    Gaussians of amplitude zero, which are no parameters.
+
     Args:
         models: M.
-        gaussians: G.
+        gaussians: how many in each mixture, one number for all or M.
         amplitudes: "signed" or "positive".
         scale_range: least and greatest scale, fractions of the box.
     """
 
-    def __init__(self, models: int, gaussians: int, amplitudes: str, scale_range: tuple[float, float]):
+    def __init__(self, models: int, gaussians: int | Sequence[int], amplitudes: str, scale_range: tuple[float, float]):
         super().__init__()
+        self.counts = (gaussians,) * models if isinstance(gaussians, int) else tuple(gaussians)
+        assert len(self.counts) == models, "a number of Gaussians for every model"
         self.positive = amplitudes == "positive"
-        self.raw_scale_range = tuple(_inverse_softplus(s) for s in scale_range)
+        self.raw_scale_range = tuple(inverse_softplus(s) for s in scale_range)
         # One tensor a mixture, so that the optimiser can leave one alone whose half has no image in a batch.
-        self.mixtures = nn.ParameterList(nn.Parameter(torch.zeros(gaussians, NUMBERS)) for _ in range(models))
+        self.mixtures = nn.ParameterList(nn.Parameter(torch.zeros(count, NUMBERS)) for count in self.counts)
         self.register_buffer("unit", torch.ones(models))
+        filler = torch.zeros(NUMBERS)
+        filler[SCALE], filler[QUATERNION] = self.raw_scale_range[0], torch.tensor([1.0, 0.0, 0.0, 0.0])
+        self.register_buffer("_filler", filler, persistent=False)
+        there = torch.arange(self.gaussians) < torch.tensor(self.counts)[:, None]
+        self.register_buffer("_there", there, persistent=False)
 
     @property
     def models(self) -> int:
@@ -49,12 +60,14 @@ class GaussianMixture(nn.Module):
 
     @property
     def gaussians(self) -> int:
-        return self.mixtures[0].shape[0]
+        """G, of the largest mixture."""
+        return max(self.counts)
 
     @property
     def theta(self) -> Tensor:
-        """All parameters (M, G, 11)."""
-        return torch.stack(tuple(self.mixtures))
+        """All parameters (M, G, 11), and fillers."""
+        most = self.gaussians
+        return torch.stack([torch.cat([m, self._filler.expand(most - len(m), -1)]) for m in self.mixtures])
 
     @torch.no_grad()
     def start_randomly(self, spread: float, scale: float, seed: int) -> None:
@@ -70,17 +83,26 @@ class GaussianMixture(nn.Module):
         """
         for m, mixture in enumerate(self.mixtures):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + m)
-            positions = spread * torch.randn(self.gaussians, 3, generator=generator)
+            positions = spread * torch.randn(len(mixture), 3, generator=generator)
             mixture[:, MEAN] = positions.clamp(-0.45, 0.45)
-            mixture[:, SCALE] = _inverse_softplus(scale)
+            mixture[:, SCALE] = inverse_softplus(scale)
             mixture[:, QUATERNION] = torch.tensor([1.0, 0.0, 0.0, 0.0])
-            mixture[:, AMPLITUDE] = _inverse_softplus(1.0 / self.gaussians) if self.positive else SIGNED_START
+            mixture[:, AMPLITUDE] = self.raw_amplitude_of_equals(len(mixture))
+
+    def raw_amplitude_of_equals(self, count: int) -> float:
+        """The raw amplitude of each of ``count`` equal Gaussians that add up to ``unit``."""
+        return inverse_softplus(1.0 / count) if self.positive else SIGNED_START
+
+    def shares(self) -> Tensor:
+        """Amplitudes (M, G) over ``unit``; 0 for fillers."""
+        raw = self.theta[..., AMPLITUDE]
+        counts = torch.tensor(self.counts, device=raw.device)[:, None]
+        shares = nn.functional.softplus(raw) if self.positive else raw / (SIGNED_START * counts)
+        return shares * self._there
 
     def amplitudes(self) -> Tensor:
         """Integrals (M, G) of the Gaussians, image units times the box's area; sums to ``unit`` at the start."""
-        raw = self.theta[..., AMPLITUDE]
-        shape = nn.functional.softplus(raw) if self.positive else raw / (SIGNED_START * self.gaussians)
-        return self.unit[:, None] * shape
+        return self.unit[:, None] * self.shares()
 
     def scales(self) -> Tensor:
         """Standard deviations (M, G, 3), fractions of the box."""
@@ -96,6 +118,10 @@ class GaussianMixture(nn.Module):
         """Images (V, D, D) without CTF of mixtures ``model`` (V,) at poses (V, 3, 3) and shifts (V, 2) in pixels."""
         means, covariances, amplitudes = self.in_pixels(box)
         return ops.splat(means, covariances, amplitudes, rotations, shifts, model, box, cutoff)
+
+    def draw(self, box: int, side: int, cutoff: float) -> Tensor:
+        """Maps (M, side, side, side) of the middle of a grid of ``box`` voxels, differentiable."""
+        return ops.voxelise(*self.in_pixels(box), side, cutoff)
 
     @torch.no_grad()
     def voxelise(self, box: int) -> Tensor:
@@ -121,12 +147,12 @@ class GaussianMixture(nn.Module):
             ``means`` (G, 3) in A from the box centre (x, y, z), ``scales`` (G, 3) in A, ``quaternions``
             (G, 4) normalised w, x, y, z, ``amplitudes`` (G,) in image units times A^2.
         """
-        side_a = box * pixel_size_a
+        side_a, mixture = box * pixel_size_a, self.mixtures[model]
         return {
-            "means": self.mixtures[model][:, MEAN] * side_a,
-            "scales": self.scales()[model] * side_a,
-            "quaternions": nn.functional.normalize(self.mixtures[model][:, QUATERNION], dim=-1),
-            "amplitudes": self.amplitudes()[model] * side_a**2,
+            "means": mixture[:, MEAN] * side_a,
+            "scales": nn.functional.softplus(mixture[:, SCALE]) * side_a,
+            "quaternions": nn.functional.normalize(mixture[:, QUATERNION], dim=-1),
+            "amplitudes": self.amplitudes()[model, : len(mixture)] * side_a**2,
         }
 
 
@@ -145,5 +171,5 @@ def mixture_to_map(mixture: dict[str, Tensor], box: int, pixel_size_a: float) ->
     )[0]
 
 
-def _inverse_softplus(y: float) -> float:
+def inverse_softplus(y: float) -> float:
     return y + math.log(-math.expm1(-y))

@@ -5,15 +5,22 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor
 
-from cryosplat.backprojection import LinearHalf, linear_half
+from cryosplat.backprojection import LinearHalf
 from cryosplat.calibration import Calibration
+from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS, shell_to_angstrom
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, fsc
 from cryosplat.masks import mask_from_map, spherical_mask
+from cryosplat.quadratic import sign_certainty
 
 logger = logging.getLogger(__name__)
+
+LEAST_SHELLS = 4
+"""Shells that half maps must agree on. A ball of density makes the first two or three whatever the poses are."""
+
+SIGN_CERTAINTY = 6.0
+"""Standard errors at which the data are held to be of the other sign."""
 
 EMPTY_SHARE = 0.01
 """Share of the Fourier voxels within Nyquist that may be empty before that is said."""
@@ -52,17 +59,17 @@ class LinearMaps:
         return max(float(np.isinf(half.variance[inside]).mean()) for half in self.halves)
 
 
-def linear_maps(sums: Tensor, box: int, pixel_size_a: float, mask: np.ndarray | None, mask_name: str) -> LinearMaps:
-    """Solve for both half maps, and find a mask round the molecule where none is given.
+def linear_maps(
+    halves: tuple[LinearHalf, LinearHalf], pixel_size_a: float, mask: np.ndarray | None, mask_name: str
+) -> LinearMaps:
+    """Both half maps under a mask, found round the molecule where none is given.
 
     Args:
-        sums: (2, P, P, P//2+1, 4) of all ranks.
-        box: D.
+        halves: of half a and half b.
         pixel_size_a: A/px.
         mask: (D, D, D) or None.
         mask_name: what to call the given mask.
     """
-    halves = (linear_half(sums[0], box), linear_half(sums[1], box))
     origin = mask_name
     if mask is None:
         mask, origin = _made(halves[0].map + halves[1].map, pixel_size_a)
@@ -73,6 +80,49 @@ def linear_maps(sums: Tensor, box: int, pixel_size_a: float, mask: np.ndarray | 
             100 * maps.empty_share,
         )
     return maps
+
+
+def require_signal(maps: LinearMaps) -> None:
+    """Check that the linear half maps agree on more than that there is a blob in the middle.
+
+    Images with wrong poses still do: averaged over all directions, they make the same ball of either half.
+
+    Raises:
+        InputError: they agree on fewer than ``LEAST_SHELLS`` shells; with what to check.
+    """
+    curve = maps.curve.fsc
+    below = np.flatnonzero(curve[1:] < RESOLUTION_THRESHOLD_HALF_MAPS)
+    agreed = int(below[0]) if len(below) else len(curve) - 1
+    if agreed >= LEAST_SHELLS:
+        return
+    reach = f"to {shell_to_angstrom(agreed, maps.curve.box, maps.pixel_size_a):.0f} A" if agreed else "on nothing"
+    raise InputError(
+        f"the linear half maps agree {reach} (FSC {RESOLUTION_THRESHOLD_HALF_MAPS}): there is nothing that a mixture "
+        "could be fitted to. Check that data.poses and data.ctf belong to this stack, row by row; that their A/px and "
+        "box are those of these images; that data.ctf is given if the images have a CTF; and how many particles there "
+        "are. cryosplat backproject shows the maps in seconds. data.check_signal=false trains all the same"
+    )
+
+
+def require_sign(halves: tuple[LinearHalf, ...], spread: float) -> None:
+    """Check that the images' density is positive: their correlation with a round Gaussian at the centre.
+
+    Args:
+        halves: of both halves, or one of all images.
+        spread: standard deviation of that Gaussian, fraction of the box.
+
+    Raises:
+        InputError: the images are clearly of the other sign.
+    """
+    equations = [half.equations for half in halves]
+    certainty = sign_certainty(equations[0] + equations[1] if len(equations) == 2 else equations[0], spread)
+    logger.info("sign of the data: %+.1f standard errors", certainty)
+    if certainty < -SIGN_CERTAINTY:
+        raise InputError(
+            f"the images look inverted: their correlation with density at the centre is {certainty:.1f} standard "
+            "errors. Set data.invert to its opposite (true for particles white on dark), or data.check_sign=false if "
+            "you know better"
+        )
 
 
 def _made(total: np.ndarray, pixel_size_a: float) -> tuple[np.ndarray, str]:

@@ -81,6 +81,15 @@ def append_holdout(path: Path, row: Mapping[str, float]) -> None:
         temporary.write_text("".join(",".join(fields) + "\n" for fields in [HOLDOUT_COLUMNS, *kept, new]))
 
 
+def write_volume_fit(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
+    """Write a volume_fit.csv: a row a step, counted from 0, of curves of one length."""
+    rows = [["step", *columns], *([step, *values] for step, values in enumerate(zip(*columns.values(), strict=True)))]
+    with atomic_path(path) as temporary:
+        temporary.write_text(
+            "".join(",".join(f"{v:.9g}" if isinstance(v, float) else str(v) for v in row) + "\n" for row in rows)
+        )
+
+
 def _complete_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     """Rows of a file of such columns below its header. What follows the last line's end is torn and is left out."""
     try:

@@ -12,7 +12,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cryosplat import figures
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, mean_fsc
-from cryosplat.metrics import COLUMNS, append_holdout, cut_events, cut_metrics
+from cryosplat.metrics import COLUMNS, append_holdout, cut_events, cut_metrics, write_volume_fit
 
 logger = logging.getLogger(__name__)
 _PACKAGE_LOGGER = logging.getLogger("cryosplat")
@@ -57,6 +57,9 @@ class NullMonitor:
         pass
 
     def holdout(self, *args, **kwargs) -> None:
+        pass
+
+    def volume_fit(self, *args, **kwargs) -> None:
         pass
 
     def text(self, *args, **kwargs) -> None:
@@ -205,6 +208,20 @@ class Monitor:
             "after epoch %d, step %d: nats an image gained over an empty map: %.4g held out, %.4g trained on",
             *(epoch, step, gains["gain_full"], gains["trained_full"]),
         )
+
+    def volume_fit(self, gains: Mapping[str, Sequence[float]]) -> None:
+        """Log a fit in the volume: volume_fit.csv, and a TensorBoard run of its own, for its steps are not training's.
+
+        Args:
+            gains: by model, the log likelihood over an empty map before every step, nats.
+        """
+        columns = {f"gain_{name}": curve for name, curve in gains.items()}
+        write_volume_fit(self._run_dir / "volume_fit.csv", columns)
+        with contextlib.ExitStack() as stack:
+            writer = _tensorboard(self._run_dir / "tensorboard" / "volume_fit", 0, stack)
+            for name, curve in columns.items():
+                for step, gain in enumerate(curve):
+                    writer.add_scalar(f"volume_fit/{name}", gain, step)
 
     def text(self, tag: str, markdown: str) -> None:
         """Log a text, such as "run/config", in TensorBoard."""

@@ -59,6 +59,33 @@ class GatedAdam:
         self._adam.load_state_dict(state)
 
 
+class ColumnAdam:
+    """Adam on one tensor with a rate for each of its columns.
+
+    Args:
+        parameters: (G, C), a leaf that gradients are collected in.
+        rates: (C,).
+        betas: decay of the two moments.
+    """
+
+    def __init__(self, parameters: nn.Parameter, rates: Tensor, betas: tuple[float, float]):
+        self._parameters, self._rates, self._betas, self._steps = parameters, rates, betas, 0
+        self._mean, self._square = torch.zeros_like(parameters), torch.zeros_like(parameters)
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """Update at ``factor`` times the rates, and clear the gradient."""
+        self._steps += 1
+        first, second = self._betas
+        gradient = self._parameters.grad
+        self._mean.lerp_(gradient, 1 - first)
+        self._square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        # Bias corrections put into the step; EPSILON guards a moment that has never been other than zero.
+        size = factor * math.sqrt(1 - second**self._steps) / (1 - first**self._steps)
+        self._parameters.sub_(self._mean / (self._square.sqrt() + EPSILON) * (self._rates * size))
+        self._parameters.grad = None
+
+
 def learning_rate(config: TrainConfig, progress: float, epoch: int) -> float:
     """Rate of a step.
 

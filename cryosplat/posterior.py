@@ -1,23 +1,31 @@
-"""The delivered map: what the images say where they say it clearly, what the mixtures say where they do not.
+"""The delivered map: what the images say where they say it clearly, and the mixtures wherever they know better.
 
 Linear half maps L_h and mixtures' maps G_h, each from its own half. By Fourier voxel, with the noise variance v of the
-mean linear map and the truth's power P in the shell, the Wiener weight is W = P / (P + v). Of every half
+mean linear map and the truth's power P in the shell, the Wiener weight is W = P / (P + v). Of every half, in two steps,
 
-    Z_h = s ( W L_h + gamma (1 - W) G_h ),        M = (Z_a + Z_b) / 2.
+    Y_h = s ( W L_h + gamma (1 - W) G_h ),    Z_h = s' ( Y_h + delta G_h ),    M = (Z_a + Z_b) / 2.
 
-With gamma = s = 1 this is the posterior mean with the other half's mixture as prior, regrouped by halves: the mean of
-W L_b + (1 - W) G_a and W L_a + (1 - W) G_b. gamma, one number a shell, is what a least-squares fit to the truth gives,
-by cross-validation: <W L, T> from the linear maps of the two halves, <G_a, T> from that of half b and the other way
-round. It brings mixtures to the data's grey scale and leaves out what they merely repeat of their own half's noise. It
-is followed from shell to shell, and where the data no longer tell it keeps the value that it had: a mixture that agreed
-with the data as far as they went is believed further, one that did not is not. s = 1 / (mean
-transfer of the truth) gives every shell the truth's own amplitude, so that no radial filter is hidden in M; filtering
-and sharpening are for postprocess, where they are recorded.
+With gamma = s = 1 and delta = 0 this is the posterior mean with the other half's mixture as prior, regrouped by halves:
+the mean of W L_b + (1 - W) G_a and W L_a + (1 - W) G_b. gamma, one number a shell, is what a least-squares fit to the
+truth gives, by cross-validation: <W L, T> from the linear maps of the two halves, <G_a, T> from that of half b and the
+other way round. It brings mixtures to the data's grey scale and leaves out what they merely repeat of their own half's
+noise. delta is found in the same way: a mixture fitted to all images knows what is density and what is solvent, and can
+be the better judge even of voxels that were seen well. Both are followed from shell to shell, and where the data no
+longer tell them keep the value that they had: a mixture that agreed with the data as far as they went is believed
+further, one that did not is not. s = 1 / (mean transfer of the truth) gives every shell the truth's own amplitude, so
+that no radial filter is hidden in M; filtering and sharpening are for postprocess, where they are recorded.
 
-Z_a is made from half a (but for a few numbers a shell), so the calibrated FSC of M holds as it stands.
+Z_a is made from half a (but for a few numbers a shell), so the calibrated FSC of M holds as it stands. M is the twin of
+what is delivered, in which the mixture of all images takes the place of two thirds of the halves' mean:
+
+    M' = M with (1 - w) (G_a + G_b) / 2 + w G_full for (G_a + G_b) / 2,    w = 2/3.
+
+A mixture of all images finds its way in half the noise, so M' is the better map. Its curve is not known without bias, for
+G_full has seen both halves; that of M stands for it, and is a little too modest (benchmarks/quality.md).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +36,9 @@ from cryosplat.backprojection import KERNEL_VOXELS, PADDING, LinearHalf
 from cryosplat.calibration import by_shell, relative_variance
 from cryosplat.fsc import masked_spectrum
 from cryosplat.sectors import SectorSums, jackknife, smooth
+
+FULL_SHARE = 2 / 3
+"""w. With 1/2 to 1 the maps were as good within 0.002, between them best: mixtures that differ average well."""
 
 LARGEST_GAMMA = 20.0
 """Mixtures that have not converged are too faint, by up to 5 times (seen); more is an accident of noise."""
@@ -52,21 +63,25 @@ class Delivered:
     """Maps (D, D, D) float32.
 
     Attributes:
+        map: M', or M where there is no mixture of all images.
         parts: Z_a and Z_b, each of its own half.
         linear: the Wiener-filtered linear map of all particles, for looking at.
         gamma: (D//2+1,) by shell.
+        delta: (D//2+1,) by shell.
         wiener: (D//2+1,) mean of W by shell.
     """
 
+    map: np.ndarray
     parts: tuple[np.ndarray, np.ndarray]
     linear: np.ndarray
     gamma: np.ndarray
+    delta: np.ndarray
     wiener: np.ndarray
 
     @property
-    def map(self) -> np.ndarray:
+    def twin(self) -> np.ndarray:
         """M."""
-        return 0.5 * (self.parts[0] + self.parts[1])
+        return _mean(self.parts)
 
 
 def deliver(
@@ -74,39 +89,60 @@ def deliver(
     mixtures: tuple[np.ndarray, np.ndarray] | None,
     mask: np.ndarray | None,
     sums: SectorSums,
+    full: np.ndarray | None = None,
 ) -> Delivered:
     """Put linear half maps and mixtures' maps (D, D, D) together.
 
     Args:
         halves: linear half maps a and b.
         mixtures: of the halves, in the same grey scale; None: the linear maps alone.
-        mask: (D, D, D) that gamma is fitted under; None: no mask.
+        mask: (D, D, D) that gamma and delta are fitted under; None: no mask.
         sums: of the box.
+        full: map of the mixture of all images; None: M is delivered.
     """
     weights, wiener, seen = _wiener(halves, mask, sums)
-    whole = _filtered(0.5 * (halves[0].map + halves[1].map), weights)
+    whole = _filtered(_mean([half.map for half in halves]), weights)
     # Scaled to the truth's amplitude before anything leaves the window: a steep radial filter would mix shells there.
     scale = 1 / by_shell(np.maximum(wiener, 1e-6), sums)
     linear = tuple(_filtered(half.map, weights * scale) for half in halves)
     if mixtures is None:
-        return Delivered(linear, whole, np.zeros(sums.shells), wiener)
+        none = np.zeros(sums.shells)
+        return Delivered(_mean(linear), linear, whole, none, none, wiener)
+    alone = None if seen[sums.inside].all() else _factor_alone(mixtures, halves, mask, seen, sums)
     fill = np.where(seen, (1 - weights) * scale, 0)
     filling = tuple(_filtered(volume, fill) for volume in mixtures)
     room = np.maximum(1 - wiener, 1e-3) / np.maximum(wiener, 1e-6)
-    gamma, told = _fit(_Products(linear, filling, halves, mask, room, sums))
-    scale = 1 / (1 + gamma * told * room)
+    gamma, scale = _fit(_Products(linear, filling, halves, mask, room, sums))
     parts = tuple(
-        scipy.fft.irfftn(
-            scipy.fft.rfftn(one) * by_shell(scale, sums) + scipy.fft.rfftn(two) * by_shell(scale * gamma, sums),
-            one.shape,
-        ).astype(np.float32)
-        for one, two in zip(linear, filling, strict=True)
+        _shaped(one, scale, sums) + _shaped(two, scale * gamma, sums) for one, two in zip(linear, filling, strict=True)
     )
-    if not seen[sums.inside].all():
-        parts = tuple(
-            part + alone for part, alone in zip(parts, _where_alone(mixtures, halves, mask, seen, sums), strict=True)
-        )
-    return Delivered(parts, whole, gamma, wiener)
+    known = mixtures if alone is None else tuple(_filtered(volume, seen) for volume in mixtures)
+    delta, again = _fit(_Products(parts, known, halves, mask, np.ones(sums.shells), sums))
+
+    def of_mixture(volume: np.ndarray) -> np.ndarray:
+        """All that a mixture's map brings."""
+        found = _shaped(_filtered(volume, fill), again * scale * gamma, sums)
+        found += _shaped(volume if alone is None else _filtered(volume, seen), again * delta, sums)
+        return found if alone is None else found + _filtered(volume, alone)
+
+    parts = tuple(
+        _shaped(one, again * scale, sums) + of_mixture(two) for one, two in zip(linear, mixtures, strict=True)
+    )
+    delivered = _mean(parts)
+    if full is not None:
+        delivered += of_mixture(FULL_SHARE * (full - _mean(mixtures)))
+    return Delivered(delivered, parts, whole, gamma, delta, wiener)
+
+
+def _mean(pair: Sequence[np.ndarray]) -> np.ndarray:
+    return 0.5 * (pair[0] + pair[1])
+
+
+def _shaped(volume: np.ndarray, factors: np.ndarray, sums: SectorSums) -> np.ndarray:
+    """A map whose shells are multiplied by factors (S,)."""
+    spectrum = scipy.fft.rfftn(volume)
+    spectrum *= by_shell(factors, sums)
+    return scipy.fft.irfftn(spectrum, volume.shape, overwrite_x=True).astype(np.float32)
 
 
 def _wiener(
@@ -188,7 +224,7 @@ class _Products:
 
 
 def _fit(p: _Products) -> tuple[np.ndarray, np.ndarray]:
-    """By shell: gamma; and how much of the truth is in the mixtures.
+    """By shell: gamma, and the factor that then gives the sum the truth's amplitude.
 
     Least squares of T by alpha X + gamma Y, of which the ratio is taken. What Y says beyond X is <Y, T> -
     <X, Y> <X, T> / <X, X>, known with a jackknife error.
@@ -208,19 +244,20 @@ def _fit(p: _Products) -> tuple[np.ndarray, np.ndarray]:
     gamma[sure], error[sure] = LARGEST_GAMMA, 0.5 * LARGEST_GAMMA
     told, told_error = jackknife(transfer, p.y_truth, p.truth)
     told_error[smooth(p.truth.sum(1)) <= LEAST_POWER] = np.inf  # 0 there, whatever is left out
-    return _followed(gamma, error), _followed(told, told_error)
+    gamma = _followed(gamma, error)
+    return gamma, 1 / (1 + gamma * _followed(told, told_error) * p.room)
 
 
-def _where_alone(
+def _factor_alone(
     mixtures: tuple[np.ndarray, np.ndarray],
     halves: tuple[LinearHalf, LinearHalf],
     mask: np.ndarray | None,
     seen: np.ndarray,
     sums: SectorSums,
-) -> list[np.ndarray]:
-    """Mixtures' maps where no image of either half has told anything, and mixtures are all that is known.
+) -> np.ndarray:
+    """Weights (D, D, D//2+1) of mixtures where no image of either half has told anything, and they are all there is.
 
-    They come with the factor <G, T> / <G, G> of the voxels that are seen: what is overfitted there counts less here.
+    That is <G, T> / <G, G> of the voxels that are seen: what is overfitted there counts less here.
     """
     g = [masked_spectrum(_filtered(volume, seen.astype(np.float32)), mask, np.float32) for volume in mixtures]
     truth = [masked_spectrum(half.map, mask, np.float32) for half in halves]
@@ -229,7 +266,7 @@ def _where_alone(
     power = sums.cross(g, g)
     scale = np.maximum(smooth(power.sum(1)), 1e-30)[:, None]
     factor = _followed(*jackknife(transfer, g_truth / scale, power / scale))
-    return [_filtered(volume, np.where(sums.inside & ~seen, by_shell(factor, sums), 0)) for volume in mixtures]
+    return np.where(sums.inside & ~seen, by_shell(factor, sums), 0)
 
 
 def transfer(map_truth: np.ndarray, truth_truth: np.ndarray) -> np.ndarray:

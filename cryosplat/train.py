@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cryosplat import checkpoint, distributed
-from cryosplat.backprojection import back_project
+from cryosplat.backprojection import LinearHalf, back_project, linear_half
 from cryosplat.config import Config, check_files, load_config, save_config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.ending import ending
@@ -22,7 +23,7 @@ from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.holdout import HoldOut
-from cryosplat.linearmaps import LinearMaps, linear_maps
+from cryosplat.linearmaps import linear_maps, require_sign, require_signal
 from cryosplat.metrics import read_metrics
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.outputs import write_run_outputs
@@ -31,6 +32,7 @@ from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runs import RunState, begin_run, open_run
 from cryosplat.sampling import BatchPlan
 from cryosplat.trainer import Report, Trainer
+from cryosplat.volumefit import Problem, fit_all, whole
 
 logger = logging.getLogger("cryosplat.train")  # __name__ is __main__ under python -m
 
@@ -70,6 +72,7 @@ class Run:
         self.began = time.perf_counter()
         self.before = run.state["seconds"] if run.state else {"wall": 0.0, "cpu": 0.0, "training": 0.0}
         self.images_trained, self.training_seconds = 0, 0.0
+        self.fit_gains: dict[str, list[float]] = {}
         table = distributed.together(self._read_table, world)
         plan = BatchPlan(table.half, config.train.batch, config.train.seed, table.held_out)
         dataset = distributed.together(lambda: self._read_images(table, plan), world)
@@ -77,11 +80,19 @@ class Run:
         self.comparison = distributed.together(
             lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
         )
-        self.trainer = Trainer(world, table, dataset, plan, self._reconstruction(dataset, weights), config.train)
-        self._start_or_resume()
-        # After the grey scale was set: the null's mixtures then move as those of the real images do.
-        distributed.together(lambda: self._make_null(dataset), world)
-        self.linear = self._linear_maps(dataset)
+        if config.volume.steps:
+            distributed.together(lambda: self._make_null(dataset), world)
+            halves = self._back_project(dataset, plan)
+            mixture = self._mixture(dataset, halves)
+            self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), config.train)
+            self._resume()
+        else:
+            mixture = self._mixture(dataset, None)
+            self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), config.train)
+            self._resume() or self.trainer.set_scale(config.data.check_sign)
+            # After the grey scale was set: the null's mixtures then move as those of the real images do.
+            distributed.together(lambda: self._make_null(dataset), world)
+            halves = self._back_project(dataset, plan)
         self.holdout = HoldOut(plan, dataset, self.noise, world, config.train.seed) if plan.held_out.any() else None
         if not run.resumed:
             distributed.together(lambda: begin_run(config, run) if world.is_main else None, world)
@@ -91,6 +102,9 @@ class Run:
         trainer, config, evaluation = self.trainer, self.config, None
         with self._monitor() as monitor:
             self.next_checkpoint = time.monotonic() + 60 * config.checkpoint.every_minutes
+            if self.fit_gains:
+                monitor.volume_fit(self.fit_gains)
+                self._save(monitor)  # what comes next may be cut short
             while not trainer.finished:
                 trainer.run_epoch(lambda report: self._report(report, monitor))
                 if trainer.progress.epoch % config.maps.every == 0 or trainer.finished:
@@ -143,37 +157,83 @@ class Run:
             dataset.make_null(data.null, data.null_seed, self.same, self.noise, data.null_shell_a)
             logger.info("rank %d: null test: the images' %s are random", self.world.rank, _NULLS[data.null])
 
-    def _linear_maps(self, dataset: ParticleDataset) -> LinearMaps | None:
-        """The linear half maps, on rank 0, from the images that are trained on: they do not change while it trains."""
-        if not self.config.maps.halves:
-            return None
-        mine = dataset.owned[~self.trainer.plan.held_out[dataset.owned]]
-        sums = back_project(dataset, mine, self.noise, self.world)
-        if sums is None:
-            return None
-        given = self.comparison.mask
-        return linear_maps(sums, dataset.box, dataset.pixel_size_a, given, f"data.mask={self.config.data.mask}")
+    def _back_project(self, dataset: ParticleDataset, plan: BatchPlan) -> tuple[LinearHalf, ...] | None:
+        """The linear reconstruction of the images that are trained on, on rank 0: of both halves, or of all images.
 
-    def _reconstruction(self, dataset: ParticleDataset, weights: torch.Tensor | None) -> Reconstruction:
-        model = self.config.model
+        With halves ``self.linear`` is what becomes of them: they do not change while it trains.
+        """
+        self.linear, halves = None, self.config.maps.halves
+        if not halves and not self.config.volume.steps:
+            return None
+        mine = dataset.owned[~plan.held_out[dataset.owned]]
+        sums = back_project(dataset, mine, self.noise, self.world, halves=halves)
+        found = None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
+        del sums
+        if found and halves:
+            name = f"data.mask={self.config.data.mask}"
+            self.linear = linear_maps(found, dataset.pixel_size_a, self.comparison.mask, name)
+        data = self.config.data
+        if data.null == "none" and data.check_signal and not self.run.resumed:
+            distributed.together(lambda: self._require_signal(found), self.world)
+        return found
+
+    def _require_signal(self, halves: tuple[LinearHalf, ...] | None) -> None:
+        """Rank 0 looks at the linear maps before anything is fitted to them."""
+        if halves is None:
+            return
+        if self.config.data.check_sign:
+            require_sign(halves, self.config.model.spread)
+        if self.linear is not None:
+            require_signal(self.linear)
+
+    def _mixture(self, dataset: ParticleDataset, halves: tuple[LinearHalf, ...] | None) -> GaussianMixture:
+        """The mixtures that images are going to train: as saved, fitted in the volume, or at random."""
+        model, state = self.config.model, self.run.state
+        models = len(MODEL_NAMES) if self.config.maps.halves else 1
         narrowest = NARROWEST_PX / dataset.box
-        mixture = GaussianMixture(
-            len(MODEL_NAMES) if self.config.maps.halves else 1,
-            model.gaussians,
-            model.amplitudes,
-            (max(model.scale_min, narrowest), max(model.scale_max, 4 * narrowest)),
-        )
+        scale_range = max(model.scale_min, narrowest), max(model.scale_max, 4 * narrowest)
         start = max(model.scale, 1.5 * narrowest)
-        mixture.start_randomly(model.spread, start, self.config.train.seed)
-        return Reconstruction(mixture, dataset.box, dataset.pixel_size_a, weights, model.cutoff, self.world.size).to(
+        if state is not None:
+            counts = [len(saved) for saved in state["trainer"]["mixtures"]]
+            return GaussianMixture(models, counts, model.amplitudes, scale_range)
+        if not self.config.volume.steps:
+            mixture = GaussianMixture(models, model.gaussians, model.amplitudes, scale_range)
+            mixture.start_randomly(model.spread, start, self.config.train.seed)
+            return mixture
+        problems = None
+        if halves is not None:
+            halves = (whole(halves), *halves) if len(halves) == 2 else halves
+            problems = [
+                Problem(
+                    half, dataset.pixel_size_a, name, self.config.train.seed * 1_000_003 + m, 1.0 if m == 0 else 0.5
+                )
+                for m, (half, name) in enumerate(zip(halves, MODEL_NAMES, strict=False))
+            ]
+        settings = replace(model, scale=start), self.config.volume, scale_range
+        began = time.perf_counter()
+        fitted = fit_all(problems, models, settings, self.world)
+        if self.world.is_main:
+            logger.info("the fit in the volume took %.1f s", time.perf_counter() - began)
+        self.fit_gains = {name: one.gains for name, one in zip(MODEL_NAMES, fitted, strict=False)}
+        mixture = GaussianMixture(models, [len(one.parameters) for one in fitted], model.amplitudes, scale_range)
+        with torch.no_grad():
+            for m, one in enumerate(fitted):
+                mixture.mixtures[m].copy_(one.parameters)
+                mixture.unit[m] = one.unit
+        return mixture
+
+    def _see(self, mixture: GaussianMixture, dataset: ParticleDataset, weights: torch.Tensor | None) -> Reconstruction:
+        """The mixtures as images show them."""
+        cutoff = self.config.model.cutoff
+        return Reconstruction(mixture, dataset.box, dataset.pixel_size_a, weights, cutoff, self.world.size).to(
             self.world.device
         )
 
-    def _start_or_resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go on from the saved state, if there is one; whether there was."""
         state = self.run.state
         if state is None:
-            self.trainer.set_scale(self.config.data.check_sign)
-            return
+            return False
         folder, plan = self.run.folder, self.trainer.plan
         problem = None
         if state["particles"] != plan.particles:
@@ -185,6 +245,7 @@ class Run:
         if problem:
             raise distributed.common_error(f"{folder}: {problem}; choose another run_dir", self.world)
         self.trainer.load_state(state["trainer"])
+        return True
 
     def _monitor(self):
         if not self.world.is_main:

@@ -10,7 +10,18 @@ PACKAGE = ROOT / "cryosplat"
 
 LAYERS = (
     # Statements, formulas and tables that need nothing else of the package.
-    ("__init__", "errors", "conventions", "ctf", "residues", "sampling", "reference", "_extension", "fingerprints"),
+    (
+        "__init__",
+        "errors",
+        "conventions",
+        "ctf",
+        "residues",
+        "sampling",
+        "reference",
+        "_extension",
+        "fingerprints",
+        "quadratic",
+    ),
     # Single files and single operations.
     ("ending", "files", "unpickle", "images", "atoms", "ops", "symmetry", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
@@ -23,7 +34,7 @@ LAYERS = (
     ("reconstruction", "inspection", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
-    ("linearmaps",),
+    ("linearmaps", "volumefit"),
     ("evaluation", "trainer", "holdout"),
     # What people call.
     ("train", "validation", "backprojectcommand"),

@@ -144,7 +144,7 @@ def test_other_images_in_half_b_change_what_half_a_gives_by_numbers_a_shell_alon
         fit = np.linalg.lstsq(np.stack(known, 1), found, rcond=None)[0] @ np.array(known)
         assert ((found - fit) ** 2).sum() < 0.03 * (found**2).sum(), shell
     lowest = filtered(after - before, RADIUS < 10), filtered(before, RADIUS < 10)
-    assert np.linalg.norm(lowest[0] * MASK) < 0.03 * np.linalg.norm(lowest[1] * MASK)
+    assert np.linalg.norm(lowest[0] * MASK) < 0.05 * np.linalg.norm(lowest[1] * MASK)
 
 
 @pytest.mark.filterwarnings("error")

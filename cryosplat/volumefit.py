@@ -1,0 +1,300 @@
+"""Fitting mixtures in the volume: to the likelihood of all images at once, as the linear sums know it.
+
+A mixture starts as points drawn from the density of its own linear map, all of one size and amplitude, or at random.
+Then Adam follows the gradient of
+
+    Q(V) + prior / 2 sum_i (a_i - 1)^2,
+
+Q in nats (``quadratic.QuadraticForm``), V the mixture's map and a_i its amplitudes over their mean at the start. The
+prior is what is known before there is an image: density where the start has found some, more or less. Amplitudes are free
+to be negative, and become so where the images insist (some of a protein is less dense than solvent), but not where they
+only whisper. Every figure here has its row in benchmarks/quality.md.
+
+Nothing is shared between models: mask, filter, number of Gaussians and points are each half's own.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.fft
+import torch
+from torch import Tensor
+
+from cryosplat import distributed
+from cryosplat.backprojection import LinearHalf
+from cryosplat.config import ModelConfig, VolumeConfig
+from cryosplat.errors import InputError
+from cryosplat.gaussians import AMPLITUDE, MEAN, NUMBERS, QUATERNION, SCALE, GaussianMixture, inverse_softplus
+from cryosplat.masks import mask_from_map, spherical_mask
+from cryosplat.optimiser import ColumnAdam
+from cryosplat.quadratic import QuadraticForm
+from cryosplat.sectors import SectorSums, smooth
+
+logger = logging.getLogger(__name__)
+
+SIGNIFICANT = 0.1
+"""Mean Wiener weight of the last shell that counts as resolved when Gaussians are counted."""
+
+GAUSSIANS_PER_ELEMENT = 3.0
+"""Gaussians for each cube, of the resolution's side, of the volume under the mask."""
+
+FEWEST, MOST = 256, 200_000
+"""Bounds of that count."""
+
+START_LOW_PASS_A = 6.0
+"""Half-amplitude resolution that the density is smoothed to before points are drawn from it."""
+
+START_SCALE = 0.65
+"""Standard deviation of the first Gaussians over the distance between them."""
+
+MASK_LEVEL = 0.3
+"""Value of the mask down to which it counts for the side of the fit's box."""
+
+CUTOFF = 3.5
+"""Standard deviations drawn in a fit. Of a map, the error is 2e-3, far below the noise."""
+
+LARGEST_SCALE_PX = 3.0
+"""Greatest standard deviation in a fit: wider Gaussians cost the cube of their width and tell the least."""
+
+SCALE_RATE, QUATERNION_RATE, AMPLITUDE_RATE = 0.04, 0.04, 0.2
+"""Adam's steps: of the logarithm of a scale, of a quaternion's entries, of an amplitude over its start. Positions have
+theirs in pixels, ``VolumeConfig.step_px``."""
+
+LAST_RATE = 0.1
+"""Rates fall by half a cosine to this fraction."""
+
+BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What one model is fitted to, all of it from the images of that model alone.
+
+    Attributes:
+        half: its linear map, the map's variance and the normal equations.
+        pixel_size_a: A/px.
+        name: of the model, in messages.
+        seed: of the points drawn.
+        share: of all images that are the model's. What is made of both halves has the noise of all images, so each
+            half is filtered, and its Gaussians are counted, as for that noise and not for its own.
+    """
+
+    half: LinearHalf
+    pixel_size_a: float
+    name: str
+    seed: int
+    share: float = 1.0
+
+    @property
+    def box(self) -> int:
+        """D."""
+        return len(self.half.map)
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A mixture that came out of a fit.
+
+    Attributes:
+        parameters: (G, 11) of ``GaussianMixture``.
+        unit: its grey scale.
+        gains: log likelihood over that of an empty map, in nats, before every step.
+    """
+
+    parameters: Tensor
+    unit: float
+    gains: list[float]
+
+
+def whole(halves: tuple[LinearHalf, LinearHalf]) -> LinearHalf:
+    """The linear map of all particles from those of both halves, weighted by voxel with what each knows."""
+    weights = [1 / half.variance for half in halves]
+    total = weights[0] + weights[1]
+    spectrum = sum(
+        scipy.fft.rfftn(half.map) * weight for half, weight in zip(halves, weights, strict=True)
+    ) / np.maximum(total, 1e-30)
+    variance = np.divide(1, total, out=np.full_like(total, np.inf), where=total > 0)
+    volume = scipy.fft.irfftn(spectrum, halves[0].map.shape).astype(np.float32)
+    return LinearHalf(volume, variance, halves[0].equations + halves[1].equations)
+
+
+def fit(problem: Problem, model: ModelConfig, volume: VolumeConfig, scale_range: tuple[float, float]) -> Fitted:
+    """Start a mixture and fit it.
+
+    Args:
+        problem: of the model.
+        model: of the run; ``gaussians`` None: as many as its resolution and volume ask for.
+        volume: of the run.
+        scale_range: least and greatest scale, fractions of the box.
+
+    Raises:
+        InputError: the fit did not stay finite.
+    """
+    box, device = problem.box, problem.half.equations.data.device
+    sums = SectorSums(box)
+    filtered, resolved = wiener_alone(problem.half, sums, problem.share)
+    mask = _mask(problem)
+    side = min(2 * (int(np.abs(np.argwhere(mask > MASK_LEVEL) - box // 2).max()) + 1), 2 * (box // 2))
+    form = problem.half.equations.within(side)
+    count = model.gaussians or _count(mask, resolved, box)
+    mixture = GaussianMixture(1, count, model.amplitudes, scale_range).to(device)
+    if model.start == "random":
+        mixture.start_randomly(model.spread, model.scale, problem.seed)
+    else:
+        _start_from(filtered * mask, mixture, problem)
+    gains = _descend(mixture, form, box, volume, problem)
+    logger.info(
+        "%s: %d Gaussians fitted in the volume, %d steps in a box of %d px; %.0f nats above an empty map",
+        problem.name, count, len(gains), side, gains[-1],
+    )  # fmt: skip
+    return Fitted(mixture.mixtures[0].detach(), float(mixture.unit), gains)
+
+
+def fit_all(
+    problems: Sequence[Problem] | None,
+    models: int,
+    settings: tuple[ModelConfig, VolumeConfig, tuple[float, float]],
+    world: distributed.World,
+) -> list[Fitted]:
+    """Fit all models, each on one rank, and tell all ranks of them.
+
+    What a fit gives does not depend on the rank that does it, nor on what the other models are.
+
+    Args:
+        problems: of the models, on rank 0; None on the others.
+        models: M.
+        settings: the last three arguments of ``fit``.
+        world: the ranks.
+
+    Raises:
+        InputError: see ``fit``; on all ranks.
+    """
+    mine = []
+    for m in range(models):
+        rank = m % world.size
+        problem = distributed.send_object(None if problems is None else problems[m], rank, world)
+        if rank == world.rank:
+            mine.append((m, problem))
+    fitted = distributed.together(lambda: {m: fit(problem, *settings) for m, problem in mine}, world)
+    return [distributed.broadcast_object(fitted.get(m), world, m % world.size) for m in range(models)]
+
+
+def wiener_alone(half: LinearHalf, sums: SectorSums, share: float = 1.0) -> tuple[np.ndarray, int]:
+    """A linear map filtered by its own signal and noise, and the last shell that stands out of the noise.
+
+    The variance is known, so one half needs no other to tell signal from noise: |L|^2 less the variance, voxels that
+    are well seen counting more.
+    """
+    seen = np.isfinite(half.variance) & sums.inside
+    variance = np.where(seen, half.variance, 1)
+    trust = np.where(seen, 1 / variance, 0)
+    spectrum = scipy.fft.rfftn(half.map)
+    power = sums((trust * (np.abs(spectrum) ** 2 - variance)).astype(np.float32)).sum(1)
+    power = smooth(np.maximum(power / np.maximum(sums(trust.astype(np.float32)).sum(1), 1e-30), 0))
+    signal = power.astype(np.float32)[sums.shell]
+    weights = np.where(seen, signal / (signal + share * variance), 0)
+    mean = sums(weights.astype(np.float32)).sum(1) / np.maximum(sums.voxels.sum(1), 1)
+    faint = np.flatnonzero(mean[1:] < SIGNIFICANT)
+    resolved = int(faint[0]) if len(faint) else sums.shells - 1
+    return scipy.fft.irfftn(spectrum * weights, half.map.shape).astype(np.float32), max(resolved, 1)
+
+
+def _mask(problem: Problem) -> np.ndarray:
+    try:
+        return mask_from_map(problem.half.map, problem.pixel_size_a)
+    except InputError:
+        logger.warning("%s: no molecule stands out in its linear map; fitting within a sphere", problem.name)
+        return spherical_mask(problem.box)
+
+
+def _count(mask: np.ndarray, resolved: int, box: int) -> int:
+    element_px = box / resolved
+    count = GAUSSIANS_PER_ELEMENT * float(mask.sum()) / element_px**3
+    return int(np.clip(count, FEWEST, MOST))
+
+
+@torch.no_grad()
+def _start_from(density: np.ndarray, mixture: GaussianMixture, problem: Problem) -> None:
+    """Points drawn from what is positive of a density (D, D, D), of one size and amplitude."""
+    box, count = problem.box, mixture.gaussians
+    frequency = np.fft.fftfreq(box), np.fft.rfftfreq(box)
+    squares = frequency[0][:, None, None] ** 2 + frequency[0][:, None] ** 2 + frequency[1] ** 2
+    fall = np.exp(-math.log(2) * squares * (START_LOW_PASS_A / problem.pixel_size_a) ** 2).astype(np.float32)
+    smoothed = scipy.fft.irfftn(scipy.fft.rfftn(density) * fall, density.shape)
+    weight = np.maximum(smoothed, 0).ravel().astype(np.float64)
+    if not weight.sum() > 0:
+        weight = np.ones_like(weight)
+    rng = np.random.default_rng([problem.seed, count])
+    place = np.searchsorted(np.cumsum(weight), rng.random(count) * weight.sum(), side="right")
+    zyx = np.stack(np.unravel_index(np.minimum(place, len(weight) - 1), density.shape), axis=1)
+    position = zyx[:, ::-1] - box // 2 + rng.uniform(-0.5, 0.5, (count, 3))
+    spacing_px = (weight.sum() ** 2 / (weight**2).sum() / count) ** (1 / 3)
+    parameters = torch.empty(count, NUMBERS)
+    parameters[:, MEAN] = torch.from_numpy(position / box).float()
+    parameters[:, SCALE] = inverse_softplus(START_SCALE * spacing_px / box)
+    # Turned at random: the axes of a round Gaussian would all grow along those of the box.
+    parameters[:, QUATERNION] = torch.nn.functional.normalize(
+        torch.from_numpy(rng.standard_normal((count, 4))).float(), dim=1
+    )
+    parameters[:, AMPLITUDE] = mixture.raw_amplitude_of_equals(count)
+    mixture.mixtures[0].copy_(parameters)
+    mixture.stay_in_bounds()
+
+
+def _descend(
+    mixture: GaussianMixture, form: QuadraticForm, box: int, volume: VolumeConfig, problem: Problem
+) -> list[float]:
+    """Fit a mixture in place; the gains in log likelihood before every step."""
+    parameters, side = mixture.mixtures[0], form.side
+    reach = (side / 2 - 1) / box
+    widest = max(LARGEST_SCALE_PX / box, 1.5 * _narrowest(mixture))
+    bounds = mixture.raw_scale_range[0], min(mixture.raw_scale_range[1], inverse_softplus(widest))
+    rates = torch.empty(NUMBERS, device=parameters.device)
+    rates[MEAN], rates[SCALE] = volume.step_px / box, SCALE_RATE
+    rates[QUATERNION], rates[AMPLITUDE] = QUATERNION_RATE, AMPLITUDE_RATE * abs(_raw_rate(mixture))
+    adam = ColumnAdam(parameters, rates, BETAS)
+    _settle(parameters, bounds, reach)
+    with torch.no_grad():
+        # The best grey scale, if it is one: amplitudes near zero could not move.
+        factor = form.best_factor(_draw(mixture, side, box))
+        mixture.unit *= factor if math.isfinite(factor) and factor > 1e-3 else 1.0
+    gains = []
+    for step in range(volume.steps):
+        drawn = _draw(mixture, side, box)
+        with torch.no_grad():
+            value, gradient = form(drawn.detach())
+        gains.append(value)
+        wanted = 0.5 * volume.prior * (mixture.shares() * mixture.gaussians - 1).square().sum()
+        torch.autograd.backward([drawn, wanted], [gradient, torch.ones_like(wanted)])
+        progress = step / volume.steps
+        adam.step(LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
+        _settle(parameters, bounds, reach)
+    gains = (-torch.stack(gains)).tolist()
+    if not all(map(math.isfinite, gains)) or not bool(torch.isfinite(parameters).all()):
+        raise InputError(
+            f"{problem.name}: its fit in the volume did not stay finite; lower volume.step_px ({volume.step_px})"
+        )
+    return gains
+
+
+def _draw(mixture: GaussianMixture, side: int, box: int) -> Tensor:
+    return mixture.draw(box, side, CUTOFF)[0]
+
+
+@torch.no_grad()
+def _settle(parameters: Tensor, bounds: tuple[float, float], reach: float) -> None:
+    parameters[:, SCALE].clamp_(*bounds)
+    parameters[:, MEAN].clamp_(-reach, reach)
+
+
+def _narrowest(mixture: GaussianMixture) -> float:
+    return float(torch.nn.functional.softplus(torch.tensor(mixture.raw_scale_range[0])))
+
+
+def _raw_rate(mixture: GaussianMixture) -> float:
+    """Change of a raw amplitude that changes an equal share by itself."""
+    raw = mixture.raw_amplitude_of_equals(mixture.gaussians)
+    return raw if not mixture.positive else 1.0
