@@ -69,9 +69,9 @@ class VolumeConfig:
 
 @dataclass
 class TrainConfig:
-    epochs: int = 0
-    batch: int = 32  # images a step, over all ranks
-    lr: float = 1e-2  # one rate for all parameters
+    epochs: int = 0  # passes over the images, image by image; none are needed after a fit in the volume
+    batch: int = 64  # images a step, over all ranks
+    lr: float = 1e-4  # one rate for all parameters
     schedule: str = "cosine"  # cosine, exponential or constant
     lr_final: float = 0.01  # cosine: last rate as a fraction of the first
     lr_gamma: float = 0.1  # exponential: factor an epoch
@@ -108,6 +108,7 @@ class Config:
     current folder.
     """
 
+    recipe: str = "default"  # what the defaults below are: default, random, images or paper
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     volume: VolumeConfig = field(default_factory=VolumeConfig)
@@ -120,7 +121,45 @@ class Config:
     resume: str = "auto"  # auto: go on where the run directory stands; never: refuse a used one
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    # Drawn from each half's own linear map and fitted in the volume.
+    "default": {},
+    # No map to start from: Gaussians anywhere round the centre, fitted in the volume.
+    "random": {
+        "model.start": "random",
+        "model.gaussians": 16384,
+        "model.spread": 0.11,
+        "model.scale": 0.016,
+        "volume.steps": 200,
+        "volume.step_px": 0.6,
+    },
+    # From random Gaussians image by image, as the paper does it, with the settings that did best.
+    "images": {
+        "model.start": "random",
+        "model.gaussians": 8192,
+        "model.amplitudes": "positive",
+        "volume.steps": 0,
+        "train.epochs": 5,
+        "train.batch": 32,
+        "train.lr": 1e-2,
+    },
+    # The settings of the CryoSplat paper.
+    "paper": {
+        "model.start": "random",
+        "model.gaussians": 30000,
+        "model.amplitudes": "positive",
+        "volume.steps": 0,
+        "train.epochs": 5,
+        "train.batch": 1,
+        "train.lr": 1e-3,
+        "train.schedule": "exponential",
+        "train.lr_gamma": 0.1,
+    },
+}
+"""Defaults by ``recipe``, where they differ from those of the classes above. What is set explicitly comes on top."""
+
 CHOICES = {
+    "recipe": tuple(RECIPES),
     "data.precision": ("half", "single"),
     "data.null": ("none", "phases", "noise"),
     "model.amplitudes": ("signed", "positive"),
@@ -168,7 +207,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, changed by a YAML file and then by ``key=value`` words, checked by ``validate``.
+    """The defaults of a recipe, changed by a YAML file and then by ``key=value`` words, checked by ``validate``.
 
     Args:
         path: YAML file of differences, a bare name of one in ``configs/`` (see ``find_config``), or None.
@@ -180,17 +219,21 @@ def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] 
     >>> load_config(None, ["train.lr=1e-3"]).train.lr
     0.001
     """
-    settings = OmegaConf.structured(Config)
+    settings, given = OmegaConf.structured(Config), []
     if path is not None:
         file = find_config(path)
-        for key, value in _flatten(_read_yaml(file)).items():
-            _set(settings, key, value, str(file))
+        given += [(key, value, str(file)) for key, value in _flatten(_read_yaml(file)).items()]
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
             raise InputError(f"{word!r} on the command line: expected key=value, for example train.lr=1e-3")
         optional_text = text == "" and _types().get(key) == str | None
-        _set(settings, key, None if text == "null" or optional_text else text, "the command line")
+        given.append((key, None if text == "null" or optional_text else text, "the command line"))
+    recipes = [value for key, value, _ in given if key == "recipe"]
+    for key, value in RECIPES.get(recipes[-1], {}).items() if recipes and isinstance(recipes[-1], str) else ():
+        _set(settings, key, value, "the recipe")
+    for key, value, source in given:
+        _set(settings, key, value, source)
     try:
         config = OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
@@ -238,6 +281,15 @@ def validate(config: Config) -> None:
         problems.append(
             f"model.scale = {model.scale}: expected more than model.scale_min ({model.scale_min}) "
             f"and at most model.scale_max ({model.scale_max})"
+        )
+    if model.start == "random" and model.gaussians is None:
+        problems.append(
+            "model.gaussians = null: only a start from a map (model.start=map) tells how many; name a number"
+        )
+    if config.volume.steps == 0 and (model.start == "map" or config.train.epochs == 0):
+        problems.append(
+            "volume.steps = 0: then nothing is fitted in the volume, which needs model.start=random and train.epochs "
+            "of at least 1 (recipe=images or recipe=paper have both)"
         )
     if (config.data.null == "phases") != (config.data.null_shell_a is not None):
         problems.append("data.null = 'phases' and data.null_shell_a go together: phases are random from there on")

@@ -9,7 +9,11 @@ _LIMITS = {"at_nyquist": " (Nyquist)", "at_limit_of_data": " or better (the data
 def ending(summary: dict[str, Any]) -> str:
     """What summary.json says, in a few lines for the terminal."""
     folder, halves = Path(summary["run_dir"]), summary.get("resolution_naive_a") is not None
-    rows = [("Gaussians, particles", f"{summary['gaussians']:,} a model, {summary['particles']:,}")]
+    gaussians = summary["gaussians_by_model"]
+    counts = f"{summary['gaussians']:,}" + (
+        f" ({gaussians['half_a']:,} and {gaussians['half_b']:,} in the halves)" if halves else ""
+    )
+    rows = [("Gaussians, particles", f"{counts}, {summary['particles']:,}")]
     rows += _resolutions(summary, halves) + _costs(summary) + [("map", str(folder / "map.mrc"))]
     if halves:
         rows += [
@@ -20,7 +24,7 @@ def ending(summary: dict[str, Any]) -> str:
         ]
     rows += [
         ("Gaussians", f"{folder / 'gaussians.npz'}, .ply"),
-        ("plots", ", ".join(str(folder / name) for name in ("fsc.png", "sections.png", "projections.png", "loss.png"))),
+        ("plots", ", ".join(str(folder / name) for name in _plots(summary))),
         ("numbers, logs", f"{folder / 'summary.json'}, fsc.csv, metrics.csv, run.log"),
         ("watch it", f"tensorboard --logdir {folder / 'tensorboard'}"),
     ]
@@ -57,4 +61,14 @@ def _costs(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rate, processes = summary.get("images_per_second"), summary["world_size"]
     memory = f"{summary['peak_memory_gib']:.2f} GiB in {processes} process{'es' if processes > 1 else ''}"
     rated = f", {rate:.0f} images/s" if rate else ""
-    return [("time", f"{summary['training_seconds']:.0f} s of training{rated}"), ("memory", memory)]
+    spent = [f"{summary['wall_seconds']:.0f} s"]
+    if summary["volume_fit_seconds"]:
+        spent.append(f"{summary['volume_fit_seconds']:.0f} s of fitting in the volume")
+    if summary["training_seconds"]:
+        spent.append(f"{summary['training_seconds']:.0f} s of training{rated}")
+    return [("time", ", ".join(spent)), ("memory", memory)]
+
+
+def _plots(summary: dict[str, Any]) -> list[str]:
+    fitted = ["volume_fit.png"] if summary["volume_fit_seconds"] else []
+    return ["fsc.png", "sections.png", "projections.png", *fitted, *(["loss.png"] if summary["steps"] else [])]

@@ -238,6 +238,24 @@ def particle_figure(
     return figure
 
 
+def volume_fit_figure(columns: Mapping[str, np.ndarray]) -> Figure:
+    """Log likelihood of every model over an empty map against the step of its fit in the volume.
+
+    Args:
+        columns: of volume_fit.csv: "step" and "gain_<model>".
+    """
+    figure, axes = new_figure(6.0, 3.4)
+    for number, (loss, label) in enumerate(_LOSS_NAMES.items()):
+        column = loss.replace("loss", "gain")
+        if column in columns:
+            style = {"color": _COLOURS[number], "linestyle": _DASHES[number]}
+            axes.plot(columns["step"], columns[column], linewidth=1.6, label=label, **style)
+    axes.legend(fontsize=TICK, frameon=False)
+    axes.set_xlabel("step of the fit in the volume", fontsize=LABEL)
+    axes.set_ylabel("log likelihood over an empty map, nats", fontsize=LABEL)
+    return figure
+
+
 def loss_figure(metrics: Mapping[str, np.ndarray]) -> Figure:
     """Loss of every model against the step: every logged value, and their running mean.
 

@@ -82,12 +82,22 @@ def append_holdout(path: Path, row: Mapping[str, float]) -> None:
 
 
 def write_volume_fit(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
-    """Write a volume_fit.csv: a row a step, counted from 0, of curves of one length."""
-    rows = [["step", *columns], *([step, *values] for step, values in enumerate(zip(*columns.values(), strict=True)))]
+    """Write a volume_fit.csv: a row a step, counted from 0, of curves of one length, "gain_<model>" by name."""
+    rows = [",".join(["step", *columns])]
+    rows += [
+        ",".join([str(step), *(f"{v:.9g}" for v in row)])
+        for step, row in enumerate(zip(*columns.values(), strict=True))
+    ]
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            "".join(",".join(f"{v:.9g}" if isinstance(v, float) else str(v) for v in row) + "\n" for row in rows)
-        )
+        temporary.write_text("\n".join(rows) + "\n")
+
+
+def read_volume_fit(path: Path) -> dict[str, np.ndarray] | None:
+    """Columns of a volume_fit.csv by name; None if there is none: nothing was fitted in the volume."""
+    if not path.exists():
+        return None
+    columns = path.read_text().split("\n", 1)[0].split(",")
+    return read_metrics(path, columns)
 
 
 def _complete_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:

@@ -62,6 +62,7 @@ def write_run_outputs(
     suite: FscSuite | None = None,
     rotations: np.ndarray | None = None,
     metrics: Mapping[str, np.ndarray] | None = None,
+    volume_fit: Mapping[str, np.ndarray] | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """Write all products of a run into its directory; summary.json last, so that it stands for the rest.
@@ -77,7 +78,8 @@ def write_run_outputs(
         for_the_eye: (D, D, D) what the figures show; none: the delivered map as it is.
         suite: all curves of the linear half maps; none, no fsc.xml and no directional.png.
         rotations: (N, 3, 3) of all particles, for viewing_directions.png.
-        metrics: columns of metrics.csv, for loss.png; none, no figure.
+        metrics: columns of metrics.csv, for loss.png; none or no rows, no figure.
+        volume_fit: columns of volume_fit.csv, for volume_fit.png; none, no figure.
         overwrite: replace the products that are there. Only a run that goes on in its own directory may.
 
     Returns:
@@ -98,7 +100,7 @@ def write_run_outputs(
         writers["fsc.csv"] = lambda path: write_csv(path, curves, overwrite, errors=True)
     if suite is not None:
         writers["fsc.xml"] = lambda path: write_xml(path, suite.curves[suite.final], "linear half maps", overwrite)
-    drawn = _drawings(shown, pixel_size_a, curves, suite, rotations, metrics)
+    drawn = _drawings(shown, pixel_size_a, curves, suite, rotations, metrics, volume_fit)
     writers |= {
         name: lambda path, draw=draw: figures.save(draw(), path, overwrite=overwrite) for name, draw in drawn.items()
     }
@@ -118,6 +120,7 @@ def _drawings(
     suite: FscSuite | None,
     rotations: np.ndarray | None,
     metrics: Mapping[str, np.ndarray] | None,
+    volume_fit: Mapping[str, np.ndarray] | None,
 ) -> dict[str, Callable[[], Any]]:
     """What draws each figure of a run, by its file; arguments as of ``write_run_outputs``."""
     drawn = {
@@ -133,8 +136,10 @@ def _drawings(
             drawn["directional.png"] = lambda: directional_figure(suite.directional)
     if rotations is not None:
         drawn["viewing_directions.png"] = lambda: viewing_figure(viewing_directions(rotations))
-    if metrics is not None:
+    if metrics is not None and len(metrics["step"]):
         drawn["loss.png"] = lambda: figures.loss_figure(metrics)
+    if volume_fit is not None:
+        drawn["volume_fit.png"] = lambda: figures.volume_fit_figure(volume_fit)
     return drawn
 
 

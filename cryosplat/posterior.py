@@ -20,8 +20,8 @@ what is delivered, in which the mixture of all images takes the place of two thi
 
     M' = M with (1 - w) (G_a + G_b) / 2 + w G_full for (G_a + G_b) / 2,    w = 2/3.
 
-A mixture of all images finds its way in half the noise, so M' is the better map. Its curve is not known without bias, for
-G_full has seen both halves; that of M stands for it, and is a little too modest (benchmarks/quality.md).
+A mixture of all images finds its way in half the noise, so M' is the better map. Its curve is not known without bias,
+for G_full has seen both halves; that of M stands for it, and is a little too modest (benchmarks/quality.md).
 """
 
 import math

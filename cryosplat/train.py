@@ -24,7 +24,7 @@ from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.holdout import HoldOut
 from cryosplat.linearmaps import linear_maps, require_sign, require_signal
-from cryosplat.metrics import read_metrics
+from cryosplat.metrics import read_metrics, read_volume_fit
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.outputs import write_run_outputs
 from cryosplat.particles import ParticleTable, read_particles
@@ -71,7 +71,7 @@ class Run:
         self.config, self.world, self.run = config, world, run
         self.began = time.perf_counter()
         self.before = run.state["seconds"] if run.state else {"wall": 0.0, "cpu": 0.0, "training": 0.0}
-        self.images_trained, self.training_seconds = 0, 0.0
+        self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, self.before.get("fit", 0.0)
         self.fit_gains: dict[str, list[float]] = {}
         table = distributed.together(self._read_table, world)
         plan = BatchPlan(table.half, config.train.batch, config.train.seed, table.held_out)
@@ -110,7 +110,7 @@ class Run:
                 if trainer.progress.epoch % config.maps.every == 0 or trainer.finished:
                     evaluation = self._evaluate(monitor)
                 self._save(monitor)
-            if self.images_trained == 0:  # all was trained before, and only the products are missing
+            if evaluation is None and self.images_trained == 0:  # nothing to train, or only the products are missing
                 evaluation = self._evaluate(monitor)
             suite = self._half_map_curves(evaluation)
             summary = self._summary(evaluation, suite)
@@ -212,8 +212,7 @@ class Run:
         settings = replace(model, scale=start), self.config.volume, scale_range
         began = time.perf_counter()
         fitted = fit_all(problems, models, settings, self.world)
-        if self.world.is_main:
-            logger.info("the fit in the volume took %.1f s", time.perf_counter() - began)
+        self.fit_seconds = time.perf_counter() - began
         self.fit_gains = {name: one.gains for name, one in zip(MODEL_NAMES, fitted, strict=False)}
         mixture = GaussianMixture(models, [len(one.parameters) for one in fitted], model.amplitudes, scale_range)
         with torch.no_grad():
@@ -316,8 +315,9 @@ class Run:
         checkpoint.save(self.run.checkpoints, self.trainer.progress.step, state, self.config.checkpoint.keep)
 
     def _seconds(self) -> dict[str, float]:
-        """Over all resumed parts: wall and training seconds of the run, CPU seconds of this rank."""
+        """Over all resumed parts: wall seconds of the run, its fit and its training, CPU seconds of this rank."""
         return {
+            "fit": self.fit_seconds,
             "wall": self.before["wall"] + time.perf_counter() - self.began,
             "cpu": self.before["cpu"] + time.process_time(),
             "training": self.before["training"] + self.training_seconds,
@@ -341,7 +341,8 @@ class Run:
             "particles": trainer.plan.particles,
             "held_out": int(trainer.plan.held_out.sum()),
             "images_in_both_halves": self.shared_images,
-            "gaussians": trainer.reconstruction.mixture.gaussians,
+            "gaussians": trainer.reconstruction.mixture.counts[0],
+            "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.counts, strict=False)),
             "box": trainer.reconstruction.box,
             "pixel_size_a": round(trainer.reconstruction.pixel_size_a, 6),  # what float32 files carry
             "world_size": self.world.size,
@@ -350,6 +351,7 @@ class Run:
             "wall_seconds": seconds["wall"],
             "peak_memory_gib": sum(memory["cpu_max_rss"] for _, memory in ranks),
             "peak_gpu_memory_gib": max((memory.get("gpu_max_reserved", 0.0) for _, memory in ranks), default=0.0),
+            "volume_fit_seconds": seconds["fit"],
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
@@ -384,6 +386,7 @@ class Run:
             rotations=self.trainer.table.rotations,
             pixel_size_a=pixel_size_a,
             metrics=read_metrics(self.run.folder / "metrics.csv"),
+            volume_fit=read_volume_fit(self.run.folder / "volume_fit.csv"),
             overwrite=True,
         )
 

@@ -6,9 +6,9 @@ Then Adam follows the gradient of
     Q(V) + prior / 2 sum_i (a_i - 1)^2,
 
 Q in nats (``quadratic.QuadraticForm``), V the mixture's map and a_i its amplitudes over their mean at the start. The
-prior is what is known before there is an image: density where the start has found some, more or less. Amplitudes are free
-to be negative, and become so where the images insist (some of a protein is less dense than solvent), but not where they
-only whisper. Every figure here has its row in benchmarks/quality.md.
+prior is what is known before there is an image: density where the start has found some, more or less. Amplitudes are
+free to be negative, and become so where the images insist (some of a protein is less dense than solvent), but not where
+they only whisper. Every figure here has its row in benchmarks/quality.md.
 
 Nothing is shared between models: mask, filter, number of Gaussians and points are each half's own.
 """

@@ -36,6 +36,7 @@ BLOBS_A = np.concatenate(
 """Positions of the blobs, x, y, z in A from the origin, (12, 3)."""
 
 SETTINGS = (
+    "recipe=images",
     "model.gaussians=128",
     "model.spread=0.12",
     "model.scale=0.03",
