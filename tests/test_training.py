@@ -40,14 +40,7 @@ def reference_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def noisy_half_b(stack, tmp_path_factory):
-    """The training set with every image of half b replaced by noise of another mean and strength."""
-
-    def change(images):
-        in_b = training_set.halves(stack) == 1
-        images[in_b] = np.random.default_rng(0).normal(3, 5, images[in_b].shape)
-        return images
-
-    return training_set.altered(stack, tmp_path_factory.mktemp("noise") / "stack", change)
+    return training_set.noise_in_half_b(stack, tmp_path_factory.mktemp("noise") / "stack")
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,10 @@ SETTINGS = (
     "train.log_every=7",
     "maps.every=100",
 )
-"""What makes a run small; two seconds."""
+"""What makes a run small that trains image by image; two seconds."""
+
+VOLUME_SETTINGS = ("model.gaussians=200", "model.scale=0.03", "train.threads=1")
+"""The same for one that fits in the volume, as the default recipe does."""
 
 
 def true_map() -> np.ndarray:
@@ -68,7 +71,7 @@ def training_set(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(stack: Path, run_dir: Path, *others: str) -> list[str]:
+def settings(stack: Path, run_dir: Path, *others: str, of=SETTINGS) -> list[str]:
     """The words of a small run on a folder like that of ``training_set``; ``others`` come last, so they win."""
     return [
         f"data_root={stack}",
@@ -77,13 +80,13 @@ def settings(stack: Path, run_dir: Path, *others: str) -> list[str]:
         "data.ctf=ctf.pkl",
         "data.truth=truth.mrc",
         f"run_dir={run_dir}",
-        *SETTINGS,
+        *of,
         *others,
     ]
 
 
-def config(stack: Path, run_dir: Path, *others: str) -> Config:
-    return load_config(None, settings(stack, run_dir, *others))
+def config(stack: Path, run_dir: Path, *others: str, of=SETTINGS) -> Config:
+    return load_config(None, settings(stack, run_dir, *others, of=of))
 
 
 @contextlib.contextmanager
@@ -95,13 +98,29 @@ def without_figures() -> Iterator[None]:
         yield
 
 
-def trained(stack: Path, run_dir: Path, *others: str) -> Path:
+def trained(stack: Path, run_dir: Path, *others: str, of=SETTINGS) -> Path:
     """Train a small run to its end in this process, without figures; returns its directory."""
     threads = torch.get_num_threads()
     with without_figures():
-        train.train(config(stack, run_dir, *others))
+        train.train(config(stack, run_dir, *others, of=of))
     torch.set_num_threads(threads)
     return run_dir
+
+
+def fitted(stack: Path, run_dir: Path, *others: str) -> Path:
+    """The same of a run that is fitted in the volume."""
+    return trained(stack, run_dir, *others, of=VOLUME_SETTINGS)
+
+
+def noise_in_half_b(stack: Path, folder: Path) -> Path:
+    """A copy of a training set, every image of half b replaced by noise of another mean and strength."""
+
+    def change(images):
+        in_b = halves(stack) == 1
+        images[in_b] = np.random.default_rng(0).normal(3, 5, images[in_b].shape)
+        return images
+
+    return altered(stack, folder, change)
 
 
 def reference_run(tmp_path_factory) -> Path:
