@@ -1,5 +1,6 @@
 """The configuration: strict, typed, and clear about every mistake."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -119,7 +120,12 @@ def test_a_file_that_is_not_settings_is_refused_by_name(tmp_path, text):
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("train.epochs=0", "at least 1"),
+        ("train.epochs=-1", "0 or more"),
+        ("volume.steps=-1", "0 or more"),
+        ("volume.step_px=0", "more than 0 px"),
+        ("volume.prior=-0.1", "0 or more nats"),
+        ("volume.prior=inf", "finite"),
+        ("model.start=linear", "map or random"),
         ("train.batch=0", "at least 1 image"),
         ("train.lr=0", "more than 0"),
         ("train.lr=nan", "finite"),
@@ -148,7 +154,7 @@ def test_a_value_out_of_range_is_refused_with_the_range(setting, expected):
 
 
 def test_all_that_is_out_of_range_is_said_at_once():
-    message = refused("train.epochs=0", "data.box=7")
+    message = refused("train.epochs=-1", "data.box=7")
     assert "train.epochs" in message and "data.box" in message
 
 
@@ -208,15 +214,105 @@ def test_demo_is_made_of_what_the_simulator_writes():
 
 
 @pytest.mark.parametrize(("name", "box"), [("10028", 256), ("10049", 192), ("10076", 256), ("10180", 256)])
-def test_the_papers_sets_have_the_papers_settings(name, box):
+def test_the_papers_sets_leave_the_recipe_open(name, box):
     config = load_config(name)
-    train, model = config.train, config.model
-    assert (model.gaussians, model.amplitudes, config.data.box, config.maps.halves) == (30000, "positive", box, True)
-    assert (train.epochs, train.batch, train.lr, train.schedule, train.lr_gamma) == (5, 1, 1e-3, "exponential", 0.1)
+    assert (config.data.box, config.maps.halves) == (box, True)
+    assert (config.recipe, config.model, config.volume) == ("default", Config().model, Config().volume)
+    assert config.train == Config().train
     # The one stack of the four whose particles are dark.
     assert config.data.invert == (name != "10076")
     files = (config.data.particles, config.data.poses, config.data.ctf)
     assert all(re.match(f"empiar{name}/inputs/", file) for file in files) and config.run_dir == f"runs/{name}"
+    train, model = (load_config(name, ["recipe=paper"]).__dict__[section] for section in ("train", "model"))
+    assert (model.gaussians, train.batch, config.data.box) == (30000, 1, box)
+
+
+# Recipes
+
+
+def test_the_recipe_of_the_paper_has_the_papers_settings():
+    config = load_config(None, ["recipe=paper"])
+    train, model = config.train, config.model
+    assert (model.gaussians, model.amplitudes, model.start, config.volume.steps) == (30000, "positive", "random", 0)
+    assert (train.epochs, train.batch, train.lr, train.schedule, train.lr_gamma) == (5, 1, 1e-3, "exponential", 0.1)
+
+
+def test_the_default_recipe_changes_nothing():
+    assert load_config(None, ["recipe=default"]) == Config() and not configuration.RECIPES["default"]
+
+
+@pytest.mark.parametrize("recipe", configuration.RECIPES)
+def test_every_recipe_is_valid_and_sets_what_it_says(recipe):
+    values = configuration._flatten(dataclasses.asdict(load_config(None, [f"recipe={recipe}"])))
+    defaults = configuration._flatten(dataclasses.asdict(Config()))
+    assert values == defaults | configuration.RECIPES[recipe] | {"recipe": recipe}
+    assert all(
+        defaults[key] != value for key, value in configuration.RECIPES[recipe].items() if key != "train.lr_gamma"
+    )
+
+
+@pytest.mark.parametrize("words", [["recipe=paper", "train.batch=8"], ["train.batch=8", "recipe=paper"]])
+def test_a_setting_wins_over_the_recipe_wherever_the_two_stand(words):
+    config = load_config(None, words)
+    assert (config.train.batch, config.train.epochs, config.model.gaussians) == (8, 5, 30000)
+
+
+@pytest.mark.parametrize("text", ["recipe: paper\ntrain: {batch: 8}\n", "train: {batch: 8}\nrecipe: paper\n"])
+def test_a_recipe_may_stand_in_a_file_and_be_changed_on_the_command_line(tmp_path, text):
+    path = yaml_file(tmp_path, text)
+    config = load_config(path)
+    assert (config.recipe, config.train.batch, config.model.gaussians) == ("paper", 8, 30000)
+    # Another recipe takes the place of the file's, and what the file sets stays.
+    config = load_config(path, ["recipe=images", "train.epochs=2"])
+    assert (config.recipe, config.train.batch, config.train.epochs) == ("images", 8, 2)
+    assert (config.model.gaussians, config.train.schedule) == (8192, "cosine")
+    config = load_config(path, ["recipe=default"])
+    assert (config.recipe, config.train.batch, config.model.gaussians, config.train.epochs) == ("default", 8, None, 0)
+
+
+@pytest.mark.parametrize("recipe", ["quick", "", "null", "Paper"])
+def test_an_unknown_recipe_is_refused_with_those_there_are(recipe):
+    message = refused(f"recipe={recipe}")
+    assert "recipe" in message
+    assert recipe == "null" or "expected default or random or images or paper" in message
+
+
+def test_a_recipe_that_is_no_word_is_refused(tmp_path):
+    assert "recipe" in refused(path=yaml_file(tmp_path, "recipe: [paper]\n"))
+
+
+def test_a_random_start_needs_a_number_of_gaussians():
+    assert "model.gaussians = null" in refused("model.start=random")
+    assert "model.gaussians = null" in refused("recipe=images", "model.gaussians=null")
+    assert load_config(None, ["model.start=random", "model.gaussians=99"]).model.gaussians == 99
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("volume.steps=0",),
+        ("volume.steps=0", "train.epochs=3"),
+        ("volume.steps=0", "model.start=random", "model.gaussians=99"),
+        ("recipe=images", "train.epochs=0"),
+        ("recipe=paper", "model.start=map"),
+    ],
+)
+def test_without_a_fit_in_the_volume_there_must_be_a_random_start_and_training(settings):
+    message = refused(*settings)
+    assert "volume.steps = 0" in message and "recipe=images or recipe=paper" in message
+
+
+def test_a_random_start_and_training_will_do_without_a_fit_in_the_volume():
+    words = ["volume.steps=0", "model.start=random", "model.gaussians=99", "train.epochs=1"]
+    assert load_config(None, words).volume.steps == 0
+
+
+@pytest.mark.parametrize("recipe", configuration.RECIPES)
+@pytest.mark.parametrize("words", [(), ("train.lr=0.3", "model.gaussians=99")])
+def test_a_saved_configuration_of_any_recipe_loads_back_equal(tmp_path, recipe, words):
+    config = load_config(None, [f"recipe={recipe}", *words])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_inputs_are_looked_for_under_data_root(tmp_path):

@@ -115,7 +115,7 @@ def test_a_rank_that_breaks_fails_the_job_and_is_named(place):
     ("words", "message"),
     [
         (["--config", "mine.yaml", "train.epoch=3"], "did you mean train.epochs?"),
-        (["--config", "mine.yaml", "train.epochs=0"], "at least 1"),
+        (["--config", "mine.yaml", "train.epochs=-1"], "0 or more"),
         (["--config", "mine.yaml", "data.ctf=ctf.pkl"], "data.ctf: there is no file ctf.pkl"),
         (["--config", "demo.yaml"], "there is no file runs/demo-data/particles.star"),
         (["--config", "other.yaml"], "no configuration file other.yaml"),
