@@ -257,7 +257,8 @@ def test_the_ending_says_what_came_out_and_where_it_is(command, stack, reference
         f"naive resolution  {summary['resolution_naive_a']:.2f} A",
         "they share the model's bias, so it says too much",
         "against the truth", "map.mrc", "half_a.mrc, half_b.mrc (linear, unfiltered: for deposition)",
-        f"cryosplat postprocess {reference_run}", "tensorboard --", "Gaussians, particles  128 (128 and 128 in the halves)",
+        f"cryosplat postprocess {reference_run}", "tensorboard --",
+        "Gaussians, particles  128 (128 and 128 in the halves)",
         "s of training, ", "loss.png",
     )  # fmt: skip
     for words in expected:

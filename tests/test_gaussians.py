@@ -158,3 +158,87 @@ def test_an_exported_mixture_is_in_angstrom_from_the_origin_of_the_grid():
     assert exported["quaternions"][0].tolist() == [1, 0, 0, 0]
     peak = np.unravel_index(int(made.voxelise(BOX)[0].argmax()), (BOX,) * 3)
     assert peak == (BOX // 2, BOX // 2 - 3, BOX // 2 + 6)  # z, y, x
+
+
+# Mixtures of unequal size
+
+COUNTS = (5, 17, 9)
+
+
+def unequal(amplitudes):
+    """Three mixtures of unequal size, and the same one by one."""
+    together = mixture(3, COUNTS, amplitudes)
+    alone = []
+    for model, count in enumerate(COUNTS):
+        one = GaussianMixture(1, count, amplitudes, RANGE)
+        with torch.no_grad():
+            one.mixtures[0].copy_(together.mixtures[model])
+            one.unit[0] = together.unit[model]
+        alone.append(one)
+    return together, alone
+
+
+@pytest.mark.parametrize("amplitudes", ["positive", "signed"])
+def test_mixtures_of_unequal_size_are_filled_up_with_gaussians_of_no_amplitude(amplitudes):
+    together, alone = unequal(amplitudes)
+    assert together.counts == COUNTS and together.gaussians == 17 and together.models == 3
+    assert together.theta.shape == (3, 17, 11) and together.amplitudes().shape == (3, 17)
+    assert sum(parameter.numel() for parameter in together.parameters()) == sum(COUNTS) * 11
+    for model, (count, one) in enumerate(zip(COUNTS, alone, strict=True)):
+        assert torch.equal(together.theta[model, :count], one.theta[0])
+        assert torch.equal(together.amplitudes()[model, :count], one.amplitudes()[0])
+        assert not together.amplitudes()[model, count:].any()
+        # As narrow as any may be, and with rotations that are some: nothing divides by zero.
+        torch.testing.assert_close(
+            together.scales()[model, count:], torch.full((17 - count, 3), RANGE[0]), rtol=1e-5, atol=0
+        )
+        assert together.in_pixels(BOX)[1][model].isfinite().all()
+
+
+@pytest.mark.parametrize("amplitudes", ["positive", "signed"])
+def test_maps_and_images_of_unequal_mixtures_are_those_of_each_alone(amplitudes):
+    together, alone = unequal(amplitudes)
+    maps = together.voxelise(BOX)
+    drawn = together.draw(BOX, 16, 3.5)
+    rotations = torch.from_numpy(Rotation.random(6, random_state=0).as_matrix()).float()
+    shifts, shown_by = torch.zeros(6, 2), torch.arange(6) % 3
+    images = together.project(rotations, shifts, shown_by, BOX, 3.5)
+    for model, one in enumerate(alone):
+        torch.testing.assert_close(maps[model], one.voxelise(BOX)[0], rtol=0, atol=1e-6 * float(maps.abs().max()))
+        torch.testing.assert_close(drawn[model], one.draw(BOX, 16, 3.5)[0], rtol=0, atol=1e-6 * float(maps.abs().max()))
+        views = shown_by == model
+        expected = one.project(rotations[views], shifts[views], torch.zeros(2, dtype=torch.int64), BOX, 3.5)
+        torch.testing.assert_close(images[views], expected, rtol=0, atol=1e-6 * float(images.detach().abs().max()))
+        exported, of_one = together.export(model, BOX, PIXEL_SIZE_A), one.export(0, BOX, PIXEL_SIZE_A)
+        for name, value in of_one.items():
+            assert torch.equal(exported[name], value), name
+
+
+@pytest.mark.parametrize("amplitudes", ["positive", "signed"])
+def test_gradients_of_unequal_mixtures_are_those_of_each_alone(amplitudes):
+    together, alone = unequal(amplitudes)
+    weights = torch.randn(3, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    (together.draw(BOX, 16, 3.5) * weights).sum().backward()
+    for model, one in enumerate(alone):
+        (one.draw(BOX, 16, 3.5)[0] * weights[model]).sum().backward()
+        expected = one.mixtures[0].grad
+        found = together.mixtures[model].grad
+        assert found.shape == expected.shape == (COUNTS[model], 11)
+        assert float((found - expected).norm()) < 1e-5 * float(expected.norm()) > 0
+
+
+def test_the_middle_of_a_grid_is_drawn_as_the_whole_is():
+    made = mixture()
+    whole, middle = made.draw(BOX, BOX, 4.8), made.draw(BOX, 16, 4.8)
+    first = BOX // 2 - 8
+    inside = whole[:, first : first + 16, first : first + 16, first : first + 16]
+    torch.testing.assert_close(middle, inside, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_the_start_of_unequal_mixtures_adds_up_to_the_unit_in_each():
+    for amplitudes in ("positive", "signed"):
+        made = GaussianMixture(3, COUNTS, amplitudes, RANGE)
+        made.start_randomly(0.1, 0.02, seed=0)
+        torch.testing.assert_close(made.amplitudes().sum(1), torch.ones(3), rtol=1e-4, atol=0)
+        of_equals = made.mixtures[1][:, AMPLITUDE]
+        assert bool((of_equals == made.raw_amplitude_of_equals(17)).all())

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cryosplat.config import TrainConfig
-from cryosplat.optimiser import GatedAdam, learning_rate
+from cryosplat.optimiser import EPSILON, ColumnAdam, GatedAdam, learning_rate
 
 
 def parameters(count=3):
@@ -90,6 +90,60 @@ def test_the_state_goes_on_where_it_was():
     for each, of_each in ((optimiser, mixtures), (resumed, others)):
         step(each, of_each, 3.0)
     assert all(torch.equal(a, b) for a, b in zip(mixtures, others, strict=True))
+
+
+# A rate for each column
+
+
+def gradients(steps):
+    """Of every size, and in one column none at all."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(steps, 4, 11, generator=generator) * torch.logspace(-6, 6, 11)
+    drawn[..., 3] = 0
+    return drawn
+
+
+def test_with_equal_rates_columns_move_as_adam_moves_them():
+    (ours,), (theirs,) = parameters(1), parameters(1)
+    mine = ColumnAdam(ours, torch.full((11,), 0.05), (0.9, 0.99))
+    adam = torch.optim.Adam([theirs], lr=1.0, betas=(0.9, 0.99), eps=EPSILON)
+    for number, gradient in enumerate(gradients(30)):
+        factor = 1 - number / 40
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step(factor)
+        adam.param_groups[0]["lr"] = 0.05 * factor
+        adam.step()
+        assert ours.grad is None
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours[:, 3], parameters(1)[0][:, 3])  # no gradient, no step, and no division by zero
+
+
+def test_every_column_has_its_own_rate():
+    rates = torch.linspace(0, 0.5, 11)
+    (together,) = parameters(1)
+    mine = ColumnAdam(together, rates, (0.9, 0.99))
+    alone = [nn.Parameter(together.detach()[:, [column]].clone()) for column in range(11)]
+    others = [ColumnAdam(one, rates[[column]], (0.9, 0.99)) for column, one in enumerate(alone)]
+    start = together.detach().clone()
+    for gradient in gradients(10):
+        together.grad = gradient.clone()
+        mine.step(0.7)
+        for column, (one, other) in enumerate(zip(alone, others, strict=True)):
+            one.grad = gradient[:, [column]].clone()
+            other.step(0.7)
+    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-6, atol=1e-7)
+    assert torch.equal(together[:, 0], start[:, 0]) and not torch.equal(together[:, 1], start[:, 1])
+
+
+def test_the_first_step_is_the_rate_times_the_factor_whatever_the_gradient():
+    (moved,) = parameters(1)
+    start, rates = moved.detach().clone(), torch.linspace(0.1, 0.2, 11)
+    moved.grad = torch.logspace(-10, 10, 44).reshape(4, 11)
+    ColumnAdam(moved, rates, (0.9, 0.99)).step(0.5)
+    torch.testing.assert_close(start - moved.detach(), 0.5 * rates.expand(4, 11), rtol=1e-3, atol=0)
+
+
+# Schedules
 
 
 def test_the_cosine_schedule_falls_smoothly_from_the_rate_to_its_last_fraction():

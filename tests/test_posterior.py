@@ -180,3 +180,67 @@ def test_mixtures_fill_an_empty_cone():
         scores.append(shell_sums(found, masked_spectrum(TRUTH, MASK) * weights)[:, 3:12])
     filled, bare = (cross / power for cross, _, power in scores)
     assert abs(bare.mean()) < 0.1 and 0.7 < filled.mean() < 1.1 and filled.max() < 1.3, filled
+
+
+# A mixture of all images
+
+
+def with_full(kind, strength, seed, own_share):
+    """Delivered without and with a mixture of all images that has ``own_share`` of the noise of a half's."""
+    noises, halves, mixtures = draw(kind, strength, 1.0, seed)
+    full = MIXTURES[kind](own_share * (noises[0] + noises[1]), seed)
+    return deliver(halves, mixtures, MASK, SUMS), deliver(halves, mixtures, MASK, SUMS, full)
+
+
+def test_the_twin_is_what_is_delivered_where_no_mixture_of_all_images_is():
+    _, halves, mixtures = draw("good", 1.0, 1.0, 0)
+    for maps in (mixtures, None):
+        found = deliver(halves, maps, MASK, SUMS)
+        np.testing.assert_array_equal(found.map, found.twin)
+        np.testing.assert_array_equal(found.twin, 0.5 * (found.parts[0] + found.parts[1]))
+
+
+@pytest.mark.parametrize("cone", [False, True], ids=["all views", "an empty cone"])
+def test_a_mixture_of_all_images_that_is_the_mean_of_the_halves_changes_nothing(cone):
+    _, halves, mixtures = draw("good", 1.0, 1.0, 0)
+    if cone:
+        seen = np.abs(np.fft.fftfreq(BOX, 1 / BOX)[:, None, None]) <= 0.7 * np.maximum(RADIUS, 1)
+        halves = tuple(linear_half(TRUTH, half_noise(TRUTH, 1.0, seed), seen=seen) for seed in (0, 1000))
+    mean = 0.5 * (mixtures[0] + mixtures[1])
+    found = deliver(halves, mixtures, MASK, SUMS, mean)
+    assert np.linalg.norm(found.map - found.twin) < 1e-6 * np.linalg.norm(found.twin)
+
+
+def test_a_better_mixture_of_all_images_makes_a_better_map():
+    """The mean of the noises of both halves, as a mixture of all images has it."""
+    gains = []
+    for seed in range(SEEDS):
+        _, found = with_full("good", 4.0, seed, 0.5)
+        gains.append(true_fsc(found.map) - true_fsc(found.twin))
+    clean = []
+    for seed in range(SEEDS):
+        _, halves, mixtures = draw("good", 4.0, 1.0, seed)
+        found = deliver(halves, mixtures, MASK, SUMS, filtered(TRUTH, 1 / (1 + (RADIUS / 16) ** 4)))
+        clean.append(true_fsc(found.map) - true_fsc(found.twin))
+    assert np.mean(clean) > 0.02 and np.mean(clean, 0).min() > -0.01
+    assert np.mean(gains) > -0.002
+
+
+def test_the_change_is_linear_in_what_the_mixtures_differ_by():
+    _, halves, mixtures = draw("good", 1.0, 1.0, 0)
+    mean, other = 0.5 * (mixtures[0] + mixtures[1]), filtered(TRUTH, np.exp(-((RADIUS / 15) ** 2)))
+    once, twice = (deliver(halves, mixtures, MASK, SUMS, mean + factor * (other - mean)) for factor in (1, 2))
+    changes = [found.map - found.twin for found in (once, twice)]
+    assert np.linalg.norm(changes[1] - 2 * changes[0]) < 1e-4 * np.linalg.norm(changes[0]) > 0
+
+
+def test_what_the_halves_give_does_not_depend_on_the_mixture_of_all_images():
+    _, halves, mixtures = draw("good", 1.0, 1.0, 0)
+    plain = deliver(halves, mixtures, MASK, SUMS)
+    for full in (TRUTH.astype(np.float32), np.zeros_like(mixtures[0]), 100 * mixtures[0]):
+        found = deliver(halves, mixtures, MASK, SUMS, full)
+        for ours, theirs in zip((*found.parts, found.linear), (*plain.parts, plain.linear), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        for name in ("gamma", "delta", "wiener"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
+        assert not np.array_equal(found.map, plain.map)
