@@ -185,13 +185,6 @@ def test_mixtures_fill_an_empty_cone():
 # A mixture of all images
 
 
-def with_full(kind, strength, seed, own_share):
-    """Delivered without and with a mixture of all images that has ``own_share`` of the noise of a half's."""
-    noises, halves, mixtures = draw(kind, strength, 1.0, seed)
-    full = MIXTURES[kind](own_share * (noises[0] + noises[1]), seed)
-    return deliver(halves, mixtures, MASK, SUMS), deliver(halves, mixtures, MASK, SUMS, full)
-
-
 def test_the_twin_is_what_is_delivered_where_no_mixture_of_all_images_is():
     _, halves, mixtures = draw("good", 1.0, 1.0, 0)
     for maps in (mixtures, None):
@@ -211,19 +204,15 @@ def test_a_mixture_of_all_images_that_is_the_mean_of_the_halves_changes_nothing(
     assert np.linalg.norm(found.map - found.twin) < 1e-6 * np.linalg.norm(found.twin)
 
 
-def test_a_better_mixture_of_all_images_makes_a_better_map():
-    """The mean of the noises of both halves, as a mixture of all images has it."""
-    gains = []
+@pytest.mark.parametrize(("strength", "gain"), [(1.0, 0.05), (4.0, 0.15)])
+def test_a_better_mixture_of_all_images_makes_a_better_map(strength, gain):
+    """Without noise or bias, and finer: by 0.08 and 0.21 in the mean over shells."""
+    better, gains = filtered(TRUTH, 1 / (1 + (RADIUS / 16) ** 4)), []
     for seed in range(SEEDS):
-        _, found = with_full("good", 4.0, seed, 0.5)
+        _, halves, mixtures = draw("good", strength, 1.0, seed)
+        found = deliver(halves, mixtures, MASK, SUMS, better)
         gains.append(true_fsc(found.map) - true_fsc(found.twin))
-    clean = []
-    for seed in range(SEEDS):
-        _, halves, mixtures = draw("good", 4.0, 1.0, seed)
-        found = deliver(halves, mixtures, MASK, SUMS, filtered(TRUTH, 1 / (1 + (RADIUS / 16) ** 4)))
-        clean.append(true_fsc(found.map) - true_fsc(found.twin))
-    assert np.mean(clean) > 0.02 and np.mean(clean, 0).min() > -0.01
-    assert np.mean(gains) > -0.002
+    assert np.mean(gains) > gain and np.mean(gains, 0).min() > -0.001
 
 
 def test_the_change_is_linear_in_what_the_mixtures_differ_by():
