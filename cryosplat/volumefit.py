@@ -275,7 +275,8 @@ def _descend(
     gains = (-torch.stack(gains)).tolist()
     if not all(map(math.isfinite, gains)) or not bool(torch.isfinite(parameters).all()):
         raise InputError(
-            f"{problem.name}: its fit in the volume did not stay finite; lower volume.step_px ({volume.step_px})"
+            f"{problem.name}: its fit in the volume did not stay finite; lower volume.step_px ({volume.step_px:g}) or "
+            f"volume.prior ({volume.prior:g})"
         )
     return gains
 

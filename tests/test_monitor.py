@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve
-from cryosplat.metrics import COLUMNS, read_metrics
+from cryosplat.metrics import COLUMNS, read_metrics, read_volume_fit
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 
 BOX = 24
@@ -346,3 +346,53 @@ def test_peak_memory_of_a_gpu_counts_what_was_reserved():
 def test_importing_the_monitor_does_not_import_tensorboard():
     code = "import sys, cryosplat.monitor; sys.exit('tensorboard' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(os.path.dirname(__file__))).returncode == 0
+
+
+# The fit in the volume
+
+GAINS = {"full": [0.5, 1234567.25, 2e6], "half_a": [-1.0, 2.0, 3.0], "half_b": [0.0, 1e-3, 1e3]}
+
+
+def test_a_fit_in_the_volume_is_in_a_file_of_its_own_and_a_tensorboard_run_of_its_own(tmp_path):
+    with Monitor(tmp_path, 20, quiet=True) as monitor:
+        monitor.volume_fit(GAINS)
+        log_step(monitor, 10)
+    found = read_volume_fit(tmp_path / "volume_fit.csv")
+    assert list(found) == ["step", "gain_full", "gain_half_a", "gain_half_b"] and found["step"].tolist() == [0, 1, 2]
+    for name, curve in GAINS.items():
+        np.testing.assert_allclose(found[f"gain_{name}"], curve, rtol=1e-8)
+    logged = EventAccumulator(str(tmp_path / "tensorboard" / "volume_fit")).Reload()
+    assert sorted(logged.Tags()["scalars"]) == [f"volume_fit/gain_{name}" for name in GAINS]
+    for name, curve in GAINS.items():
+        scalars = logged.Scalars(f"volume_fit/gain_{name}")
+        assert [event.step for event in scalars] == [0, 1, 2]
+        assert [event.value for event in scalars] == pytest.approx(curve, rel=1e-6)
+    assert [event.step for event in events_of_training(tmp_path).Scalars("loss/full")] == [10]
+
+
+def events_of_training(run_dir):
+    """What lies in the folder itself, not in that of the fit."""
+    (path,) = (run_dir / "tensorboard").glob("events*")
+    return EventAccumulator(str(path)).Reload()
+
+
+def test_a_fit_that_is_done_again_takes_the_place_of_the_first(tmp_path):
+    """As in a run that was killed before its fit was saved."""
+    for factor in (1, 2):
+        with Monitor(tmp_path, 20, quiet=True) as monitor:
+            monitor.volume_fit({"full": [factor * gain for gain in GAINS["full"]]})
+    assert read_volume_fit(tmp_path / "volume_fit.csv")["gain_full"].tolist() == [1.0, 2469134.5, 4e6]
+    folder = tmp_path / "tensorboard" / "volume_fit"
+    logged = EventAccumulator(str(folder), purge_orphaned_data=False).Reload()
+    assert [event.value for event in logged.Scalars("volume_fit/gain_full")] == [1.0, 2469134.5, 4e6]
+
+
+def test_without_a_fit_in_the_volume_there_is_nothing_to_read(tmp_path):
+    assert read_volume_fit(tmp_path / "volume_fit.csv") is None
+    assert NullMonitor().volume_fit(GAINS) is None and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_of_a_fit_is_refused_by_name(tmp_path):
+    (tmp_path / "volume_fit.csv").write_text("step,gain_full\n0,1.5\n1,much\n")
+    with pytest.raises(InputError, match=r"volume_fit\.csv"):
+        read_volume_fit(tmp_path / "volume_fit.csv")

@@ -265,6 +265,18 @@ def test_a_run_without_halves_truth_or_metrics_writes_what_it_has(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("models", [("full",), ("full", "half_a", "half_b")])
+def test_a_fit_in_the_volume_has_its_figure(tmp_path, models):
+    curves = {f"gain_{name}": np.array([1.0, 5.0 + number, 6.0]) for number, name in enumerate(models)}
+    columns = {"step": np.arange(3.0), **curves}
+    written = write_run_outputs(tmp_path, **products(), volume_fit=columns)
+    assert tmp_path / "volume_fit.png" in written and (tmp_path / "volume_fit.png").stat().st_size > 5000
+    (axes,) = figures.volume_fit_figure(columns).axes
+    assert [line.get_ydata().tolist() for line in axes.lines] == [curve.tolist() for curve in curves.values()]
+    assert len({text.get_text() for text in axes.get_legend().get_texts()}) == len(models)
+    assert "nats" in axes.get_ylabel() and "step" in axes.get_xlabel()
+
+
 def test_products_that_are_there_are_kept_unless_the_run_asks(tmp_path):
     run_dir = tmp_path
     write_run_outputs(run_dir, **products())

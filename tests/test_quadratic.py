@@ -32,7 +32,8 @@ def equations_of(views):
 def image_by_image(views, volume):
     """Minus the log likelihood of the images of either half, less that of an empty map, from their pixels' transforms.
 
-    A coefficient and its mate are one; they are taken up to Nyquist, as insertion does.
+    A coefficient and its mate are one; they are taken up to Nyquist, as insertion does. Frequency zero, its own mate,
+    counts like any other pair: twice what it should, of which a shift of grey levels alone would notice.
     """
     expected = spectra(volume, views.rotations.double().numpy(), views.shifts.double().numpy())
     if views.ctf is not None:

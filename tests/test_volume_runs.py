@@ -156,13 +156,17 @@ def test_two_ranks_give_the_maps_of_one(run_dir, jobs):
     assert all(json.loads((folder / "two" / f"summary{rank}.json").read_text()) == written for rank in (0, 1))
 
 
-def test_without_halves_the_full_mixture_is_the_same(stack, run_dir, tmp_path):
+def test_without_halves_one_mixture_is_fitted_to_all_images(stack, run_dir, tmp_path):
+    """To the map of all images at once, not the mean of two halves': nearly the full mixture of a run with halves."""
     alone = fitted(stack, tmp_path / "run", OWN_COUNT, "maps.halves=false")
     assert {path.name for path in alone.glob("*.mrc")} == {"map.mrc"}
     summary = summary_of(alone)
     assert list(summary["gaussians_by_model"]) == ["full"] and summary["resolution_a"] is None
     assert summary["fsc_truth_mean"] > 0.7 and "in the halves" not in ending(summary)
-    assert list(read_volume_fit(alone / "volume_fit.csv")) == ["step", "gain_full"]
+    gains, expected = (read_volume_fit(folder / "volume_fit.csv") for folder in (alone, run_dir))
+    assert list(gains) == ["step", "gain_full"]
+    assert gains["gain_full"][-1] == pytest.approx(expected["gain_full"][-1], rel=1e-3)
+    assert relative(read_map(alone / "map.mrc")[0], read_map(run_dir / "mixture.mrc")[0]) < 0.1
 
 
 # Interrupted
@@ -263,7 +267,10 @@ def test_fits_that_do_not_stay_finite_stop_all_ranks(jobs):
     folder, outcomes = jobs
     assert outcomes["not finite"].codes == [2, 2], outcomes["not finite"].texts
     for text, model in zip(outcomes["not finite"].texts, ("full", "half_a"), strict=True):
-        assert f"error: {model}: its fit in the volume did not stay finite; lower volume.step_px (0.06)" in text
+        assert (
+            f"error: {model}: its fit in the volume did not stay finite; lower volume.step_px (0.06) or volume.prior"
+            in text
+        )
         assert "Traceback" not in text
     assert not (folder / "not finite" / "run").exists()
 

@@ -256,7 +256,10 @@ def test_a_map_of_nothing_is_still_a_map(both):
 
 
 def test_a_fit_that_does_not_stay_finite_is_refused_by_name(both):
-    with pytest.raises(InputError, match=r"half_a: its fit .* did not stay finite; lower volume\.step_px \(0\.06\)"):
+    with pytest.raises(
+        InputError,
+        match=r"half_a: its fit .* did not stay finite; lower volume\.step_px \(0\.06\) or volume\.prior \(1e\+38\)",
+    ):
         fitted(both, volume=VolumeConfig(steps=20, prior=1e38), name="half_a")
     bad = NormalEquations(both.equations.kernel, both.equations.data.clone())
     bad.data[BOX // 2, BOX // 2, BOX // 2] = torch.nan
