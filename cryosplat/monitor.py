@@ -218,7 +218,7 @@ class Monitor:
         columns = {f"gain_{name}": curve for name, curve in gains.items()}
         write_volume_fit(self._run_dir / "volume_fit.csv", columns)
         with contextlib.ExitStack() as stack:
-            writer = _tensorboard(self._run_dir / "tensorboard" / "volume_fit", 0, stack)
+            writer = _tensorboard(self._run_dir / "tensorboard" / "volume_fit", -1, stack)  # step 0 is one of its own
             for name, curve in columns.items():
                 for step, gain in enumerate(curve):
                     writer.add_scalar(f"volume_fit/{name}", gain, step)

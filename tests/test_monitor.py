@@ -379,7 +379,7 @@ def events_of_training(run_dir):
 def test_a_fit_that_is_done_again_takes_the_place_of_the_first(tmp_path):
     """As in a run that was killed before its fit was saved."""
     for factor in (1, 2):
-        with Monitor(tmp_path, 20, quiet=True) as monitor:
+        with Monitor(tmp_path, 20, resumed=factor > 1, quiet=True) as monitor:
             monitor.volume_fit({"full": [factor * gain for gain in GAINS["full"]]})
     assert read_volume_fit(tmp_path / "volume_fit.csv")["gain_full"].tolist() == [1.0, 2469134.5, 4e6]
     folder = tmp_path / "tensorboard" / "volume_fit"
