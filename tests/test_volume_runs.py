@@ -14,7 +14,7 @@ from training_set import fitted, last_checkpoint
 from cryosplat import checkpoint, train
 from cryosplat.ending import ending
 from cryosplat.errors import InputError
-from cryosplat.metrics import read_volume_fit
+from cryosplat.metrics import HOLDOUT_COLUMNS, read_metrics, read_volume_fit
 from cryosplat.volumes import read_map
 
 OWN_COUNT = "model.gaussians=null"
@@ -224,6 +224,44 @@ def test_a_random_start_finds_the_molecule_too(stack, tmp_path):
     found = fitted(stack, tmp_path / "run", "recipe=random", "model.gaussians=300")
     assert summary_of(found)["gaussians_by_model"] == {"full": 300, "half_a": 300, "half_b": 300}
     assert summary_of(found)["fsc_truth_mean"] > 0.7
+
+
+# Held-out images
+
+
+@pytest.fixture(scope="module")
+def half_held_out(stack, tmp_path_factory):
+    return fitted(stack, tmp_path_factory.mktemp("held_out") / "run", "data.holdout=0.5")
+
+
+def test_the_gain_of_a_fit_is_that_of_the_images_one_by_one(half_held_out):
+    """As many are held out as are fitted to, so that all of these are judged by themselves: projected, with their CTF.
+
+    Frequency zero, 1.1 % of the gain, is not judged.
+    """
+    judged = read_metrics(half_held_out / "holdout.csv", HOLDOUT_COLUMNS)
+    fit = read_volume_fit(half_held_out / "volume_fit.csv")
+    assert judged["step"].tolist() == [0]
+    state = last_checkpoint(half_held_out)
+    fitted_to = ~state["held_out"].numpy()
+    counts = [fitted_to.sum(), *(int((fitted_to & (state["half"].numpy() == h)).sum()) for h in (0, 1))]
+    for name, count in zip(("full", "half_a", "half_b"), counts, strict=True):
+        assert fit[f"gain_{name}"][-1] == pytest.approx(count * judged[f"trained_{name}"][0], rel=0.015), name
+    # Less than of its own images, and far more than nothing.
+    assert 0.8 * judged["trained_full"][0] < judged["gain_full"][0] < judged["trained_full"][0]
+
+
+def test_nothing_is_fitted_to_held_out_images(stack, half_held_out, tmp_path):
+    held_out = last_checkpoint(half_held_out)["held_out"].numpy()
+
+    def change(images):
+        images[held_out] = 50 * np.random.default_rng(0).standard_normal(images[held_out].shape) + 7
+        return images
+
+    folder = training_set.altered(stack, tmp_path / "stack", change)
+    found = fitted(folder, tmp_path / "run", "data.holdout=0.5")
+    for name, volume in maps_of(half_held_out).items():
+        np.testing.assert_array_equal(read_map(found / f"{name}.mrc")[0], volume, err_msg=name)
 
 
 # What there is nothing in, and what is wrong
