@@ -247,8 +247,8 @@ def test_the_gain_of_a_fit_is_that_of_the_images_one_by_one(half_held_out):
     counts = [fitted_to.sum(), *(int((fitted_to & (state["half"].numpy() == h)).sum()) for h in (0, 1))]
     for name, count in zip(("full", "half_a", "half_b"), counts, strict=True):
         assert fit[f"gain_{name}"][-1] == pytest.approx(count * judged[f"trained_{name}"][0], rel=0.025), name
-    # Less than of its own images, and far more than nothing.
-    assert 0.8 * judged["trained_full"][0] < judged["gain_full"][0] < judged["trained_full"][0]
+    # Others are explained as well: nothing was overfitted.
+    assert judged["gain_full"][0] == pytest.approx(judged["trained_full"][0], rel=0.15)
 
 
 def test_nothing_is_fitted_to_held_out_images(stack, half_held_out, tmp_path):
