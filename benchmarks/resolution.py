@@ -95,7 +95,8 @@ def make_set(work: Path, name: str, seed: int) -> Path:
     mask = truth.with_name(f"{truth.stem}_mask.mrc")
     call(
         sys.executable, SHARED / "bench/make_dataset.py", "--map", truth, "--mask", mask,
-        "--out", folder, "--n", what.particles, "--snr", what.snr, "--orient", what.views, "--seed", seed, "--keep-clean",
+        "--out", folder, "--n", what.particles, "--snr", what.snr, "--orient", what.views, "--seed", seed,
+        "--keep-clean",
         cwd=work,
     )  # fmt: skip
     if what.coloured:
