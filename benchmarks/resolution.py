@@ -1,7 +1,8 @@
 """Is the resolution true, and is the map better? python -m benchmarks.resolution WORK [--sets NAME ...] [--seeds 1 2 3]
 
-Six sets made by ../shared/bench from real structures, images by RELION's projector: T20S and 30S, even and preferred
-views, one with coloured noise, one with poses that are off by 1 degree and 0.5 px. Every set is reconstructed by
+Sets made by ../shared/bench from real structures, images by RELION's projector. Six at the limit of resolution: T20S
+and 30S, even and preferred views, one with coloured noise, one with poses that are off by 1 degree and 0.5 px. Four
+with much signal (B factor 40, 10,000 images). Every set is reconstructed by
 relion_reconstruct, by ``cryosplat backproject`` and by ``cryosplat train`` at its defaults, which know nothing of the
 truth, and judged here. Results stay in WORK (a second call goes on); --table prints what is there as Markdown.
 """
@@ -22,7 +23,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-BOX, PIXEL_SIZE_A, B_FACTOR_A2, PARTICLES = 128, 2.2, 170, 4000
+BOX, PIXEL_SIZE_A = 128, 2.2
 JITTER_DEG, JITTER_PX = 1.0, 0.5
 TRUSTED = (0.1, 0.95)
 """True FSC between which calibrated curves are judged."""
@@ -35,6 +36,8 @@ class Set:
     snr: str
     coloured: bool = False
     jitter: bool = False
+    b_factor_a2: int = 170
+    particles: int = 4000
 
 
 SETS = {
@@ -44,6 +47,10 @@ SETS = {
     "30s_preferred": Set("4v4r_30S", "preferred", "0.01"),
     "30s_coloured": Set("4v4r_30S", "uniform", "0.004", coloured=True),
     "t20s_jitter": Set("3j9i", "uniform", "0.01", jitter=True),
+    "t20s_b40_0.1": Set("3j9i", "uniform", "0.1", b_factor_a2=40, particles=10000),
+    "t20s_b40_0.03": Set("3j9i", "uniform", "0.03", b_factor_a2=40, particles=10000),
+    "30s_b40_0.1": Set("4v4r_30S", "uniform", "0.1", b_factor_a2=40, particles=10000),
+    "30s_b40_0.03": Set("4v4r_30S", "uniform", "0.03", b_factor_a2=40, particles=10000),
 }
 
 
@@ -63,11 +70,11 @@ def call(*command: str | Path, cwd: Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def make_truth(work: Path, model: str) -> Path:
+def make_truth(work: Path, model: str, b_factor_a2: int) -> Path:
     """The map of a model, as make_truth.py has it, and its mask beside it."""
-    truth = work / f"{model}.mrc"
+    truth = work / (f"{model}.mrc" if b_factor_a2 == 170 else f"{model}_b{b_factor_a2}.mrc")
     if not truth.exists():
-        options = ["--box", BOX, "--apix", PIXEL_SIZE_A, "--b", B_FACTOR_A2]
+        options = ["--box", BOX, "--apix", PIXEL_SIZE_A, "--b", b_factor_a2]
         call(
             sys.executable,
             SHARED / "bench/make_truth.py",
@@ -84,11 +91,12 @@ def make_set(work: Path, name: str, seed: int) -> Path:
     what, folder = SETS[name], work / f"{name}_{seed}"
     if (folder / "dataset.json").exists():
         return folder
-    truth = make_truth(work, what.model)
-    mask = truth.with_name(f"{what.model}_mask.mrc")
+    truth = make_truth(work, what.model, what.b_factor_a2)
+    mask = truth.with_name(f"{truth.stem}_mask.mrc")
     call(
         sys.executable, SHARED / "bench/make_dataset.py", "--map", truth, "--mask", mask,
-        "--out", folder, "--n", PARTICLES, "--snr", what.snr, "--orient", what.views, "--seed", seed, "--keep-clean",
+        "--out", folder, "--n", what.particles, "--snr", what.snr, "--orient", what.views, "--seed", seed,
+        "--keep-clean",
         cwd=work,
     )  # fmt: skip
     if what.coloured:
@@ -140,8 +148,8 @@ def jitter_poses(folder: Path, snr: str, seed: int) -> None:
     star.write_text("\n".join(lines))
 
 
-def reconstruct(folder: Path, what: Set, before: dict[str, float] | None) -> dict[str, float]:
-    """All reconstructions of a set, or (given the CPU seconds of the first time) the run's products anew.
+def reconstruct(folder: Path, what: Set, before: dict[str, float] | None, retrain: bool) -> dict[str, float]:
+    """All reconstructions of a set, or (given the CPU seconds of the first time) the run or its products anew.
 
     Returns:
         CPU seconds by program.
@@ -160,9 +168,12 @@ def reconstruct(folder: Path, what: Set, before: dict[str, float] | None) -> dic
     program = [sys.executable, "-m", "cryosplat.cli"]
     if before is None:
         seconds["backproject"] = call(*program, "backproject", *data, "-o", "linear", cwd=folder)
+    if retrain:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        seconds.pop("train", None)
     # Without its summary a trained run makes its products anew from the last checkpoint.
     (folder / "run/summary.json").unlink(missing_ok=True)
-    taken = call(*program, "train", *data, "run_dir=run", "maps.every=100", cwd=folder)
+    taken = call(*program, "train", *data, "run_dir=run", cwd=folder)
     seconds.setdefault("train", taken)
     return seconds
 
@@ -192,6 +203,8 @@ def judge(folder: Path) -> dict:
         )
     }  # fmt: skip
     better = np.maximum(scores["wiener"], scores["mixture"])
+    middle = (scores["wiener"] > 0.5) & (scores["wiener"] < 0.95) & (np.arange(len(better)) > 0)
+    gain = (scores["mixture"] - scores["wiener"])[middle]
     summary = json.loads((folder / "run/summary.json").read_text())
     table = np.genfromtxt(folder / "run/fsc.csv", delimiter=",", names=True)
     naive = np.concatenate([[1], table["half_maps"]])
@@ -199,12 +212,14 @@ def judge(folder: Path) -> dict:
         "score": {name: float(values[1:].mean()) for name, values in scores.items()},
         "crossing": {name: angstrom(values, 0.5) for name, values in scores.items()},
         "worst_shell": float((scores["delivered"] - better)[1:].min()),
+        "middle_shells": [len(gain), float(gain.mean()), float(gain.min())] if len(gain) else None,
         "resolution_a": summary["resolution_a"],
         "resolution_error_a": summary["resolution_error_a"],
         "resolution_naive_a": summary["resolution_naive_a"],
         "resolution_true_a": angstrom(curve("run/map.mrc"), 0.5),
         "mixture_resolution_true_a": angstrom(curve("run/mixture.mrc"), 0.5),
-        "seconds": summary["training_seconds"],
+        "gaussians": summary["gaussians_by_model"],
+        "seconds": summary["wall_seconds"],
     }
     for column, path in (
         ("calibrated_map", "run/map.mrc"),
@@ -222,20 +237,26 @@ def errors(estimate: np.ndarray, true: np.ndarray) -> dict[str, float]:
     judged = (true > TRUSTED[0]) & (true < TRUSTED[1]) & (np.arange(len(true)) > 0)
     difference = (estimate - true)[judged & np.isfinite(estimate)]
     return {
-        "signed": float(difference.mean()), "absolute": float(np.abs(difference).mean()),
+        "signed": float(difference.mean()) if len(difference) else float("nan"),
+        "absolute": float(np.abs(difference).mean()) if len(difference) else float("nan"),
         "shells": int(len(difference)), "of": int(judged.sum()),
     }  # fmt: skip
 
 
 def print_table(results: dict[str, dict]) -> None:
     """Means over seeds, a row a set."""
-    print("| set | seeds | relion | unregularised | Wiener | mixture | delivered | worst shell |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| set | seeds | relion | unregularised | Wiener | mixture | in its middle shells | delivered | worst shell |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     grouped = {name: [r for key, r in sorted(results.items()) if key.rsplit("_", 1)[0] == name] for name in SETS}
     grouped = {name: rows for name, rows in grouped.items() if rows}
     for name, rows in grouped.items():
         kinds = ("relion", "unregularised", "wiener", "mixture", "delivered")
         cells = [f"{np.mean([r['score'][kind] for r in rows]):.4f}" for kind in kinds]
+        middle = [r["middle_shells"] for r in rows if r["middle_shells"]]
+        gain = f"{np.mean([m[1] for m in middle]):+.4f}, {min(m[2] for m in middle):+.4f}" if middle else "-"
+        cells.insert(4, gain)
         print(f"| {name} | {len(rows)} | {' | '.join(cells)} | {min(r['worst_shell'] for r in rows):+.4f} |")
     print(
         "\n| set | map: abs., signed | halves' mixtures: abs., signed | naive, abs. | shells | resolution, true | naive |"  # noqa: E501
@@ -268,17 +289,18 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--again", action="store_true", help="products of the runs anew, without training")
+    parser.add_argument("--retrain", action="store_true", help="runs anew, beside the old maps of the linear tools")
     parser.add_argument("--table", action="store_true", help="print what is there and do nothing")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for seed in [] if args.table else args.seeds:
         for name in args.sets:
             file = args.work / f"result_{name}_{seed}.json"
-            if file.exists() and not args.again:
+            if file.exists() and not (args.again or args.retrain):
                 continue
             folder = make_set(args.work.resolve(), name, seed)
             before = json.loads(file.read_text())["cpu"] if file.exists() else None
-            cpu = reconstruct(folder, SETS[name], before)
+            cpu = reconstruct(folder, SETS[name], before, args.retrain)
             file.write_text(json.dumps(judge(folder) | {"cpu": cpu}, indent=1))
             print(f"{name} {seed}: done", flush=True)
     found = sorted(args.work.glob("result_*.json"))

@@ -216,6 +216,8 @@ class Monitor:
             gains: by model, the log likelihood over an empty map before every step, nats.
         """
         columns = {f"gain_{name}": curve for name, curve in gains.items()}
+        said = ", ".join(f"{name} {curve[-1]:.4g}" for name, curve in gains.items())
+        logger.info("fitted in the volume; nats gained over an empty map: %s", said)
         write_volume_fit(self._run_dir / "volume_fit.csv", columns)
         with contextlib.ExitStack() as stack:
             writer = _tensorboard(self._run_dir / "tensorboard" / "volume_fit", -1, stack)  # step 0 is one of its own
