@@ -57,15 +57,17 @@ def run_dir(stack, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jobs(stack, noisy_half_b, inverted, shuffled, tmp_path_factory):
-    """Folder of all the runs on two ranks below, and by name what became of them."""
+    """Folder of all the runs on several ranks below, and by name what became of them."""
     folder = tmp_path_factory.mktemp("ranks")
 
-    def job(name, *words, stack=stack):
+    def job(name, *words, stack=stack, count=2):
         words = training_set.settings(stack, folder / name / "run", *words, of=training_set.VOLUME_SETTINGS)
-        return Job("plain", 2, str(folder / name), words)
+        return Job("plain", count, str(folder / name), words)
 
     todo = {
         "two": job("two", OWN_COUNT),
+        "four": job("four", OWN_COUNT, count=4),
+        "idle": job("idle", "data.first=3", "data.check_sign=false", UNCHECKED, count=4),
         "noise": job("noise", OWN_COUNT, UNCHECKED, stack=noisy_half_b),
         "inverted": job("inverted", stack=inverted),
         "shuffled": job("shuffled", stack=shuffled),
@@ -142,18 +144,28 @@ def test_half_a_is_bitwise_the_same_when_half_b_is_noise_on_two_ranks(jobs):
     check_that_only_half_b_changed(folder / "two" / "run", folder / "noise" / "run")
 
 
-def test_two_ranks_give_the_maps_of_one(run_dir, jobs):
-    """Sums over ranks are rounded otherwise, and a fit goes on from there."""
+@pytest.mark.parametrize("name", ["two", "four"])
+def test_any_number_of_ranks_gives_the_maps_of_one(run_dir, jobs, name):
+    """Sums over ranks are rounded otherwise, and a fit goes on from there. Of four ranks one has no model to fit."""
     folder, outcomes = jobs
-    assert outcomes["two"].codes == [0, 0], outcomes["two"].texts
-    found, expected = maps_of(folder / "two" / "run"), maps_of(run_dir)
-    for name in ("half_a", "half_b", "linear"):
-        assert relative(found[name], expected[name]) < 1e-4, name
-    for name in ("map", "mixture", "mixture_half_a", "mixture_half_b"):
-        assert relative(found[name], expected[name]) < 0.02, name
-    written = summary_of(folder / "two" / "run")
-    assert written["world_size"] == 2
-    assert all(json.loads((folder / "two" / f"summary{rank}.json").read_text()) == written for rank in (0, 1))
+    assert set(outcomes[name].codes) == {0}, outcomes[name].texts
+    found, expected = maps_of(folder / name / "run"), maps_of(run_dir)
+    for each in ("half_a", "half_b", "linear"):
+        assert relative(found[each], expected[each]) < 1e-4, each
+    for each in ("map", "mixture", "mixture_half_a", "mixture_half_b"):
+        assert relative(found[each], expected[each]) < 0.02, each
+    written, ranks_there = summary_of(folder / name / "run"), len(outcomes[name].codes)
+    assert written["world_size"] == ranks_there
+    assert all(
+        json.loads((folder / name / f"summary{rank}.json").read_text()) == written for rank in range(ranks_there)
+    )
+
+
+def test_fewer_particles_than_ranks_are_fitted_all_the_same(jobs):
+    folder, outcomes = jobs
+    assert outcomes["idle"].codes == [0] * 4, outcomes["idle"].texts
+    assert all(np.isfinite(volume).all() for volume in maps_of(folder / "idle" / "run").values())
+    assert summary_of(folder / "idle" / "run")["particles"] == 3
 
 
 def test_without_halves_one_mixture_is_fitted_to_all_images(stack, run_dir, tmp_path):
