@@ -146,14 +146,17 @@ def test_half_a_is_bitwise_the_same_when_half_b_is_noise_on_two_ranks(jobs):
 
 @pytest.mark.parametrize("name", ["two", "four"])
 def test_any_number_of_ranks_gives_the_maps_of_one(run_dir, jobs, name):
-    """Sums over ranks are rounded otherwise, and a fit goes on from there. Of four ranks one has no model to fit."""
+    """Sums over ranks are rounded otherwise, and a fit goes on from there. Of four ranks one has no model to fit.
+
+    1e-6 measured in linear maps, 1e-5 in the others.
+    """
     folder, outcomes = jobs
     assert set(outcomes[name].codes) == {0}, outcomes[name].texts
     found, expected = maps_of(folder / name / "run"), maps_of(run_dir)
     for each in ("half_a", "half_b", "linear"):
-        assert relative(found[each], expected[each]) < 1e-4, each
+        assert relative(found[each], expected[each]) < 1e-5, each
     for each in ("map", "mixture", "mixture_half_a", "mixture_half_b"):
-        assert relative(found[each], expected[each]) < 0.02, each
+        assert relative(found[each], expected[each]) < 1e-3, each
     written, ranks_there = summary_of(folder / name / "run"), len(outcomes[name].codes)
     assert written["world_size"] == ranks_there
     assert all(
