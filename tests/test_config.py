@@ -223,8 +223,8 @@ def test_the_papers_sets_leave_the_recipe_open(name, box):
     assert config.data.invert == (name != "10076")
     files = (config.data.particles, config.data.poses, config.data.ctf)
     assert all(re.match(f"empiar{name}/inputs/", file) for file in files) and config.run_dir == f"runs/{name}"
-    train, model = (load_config(name, ["recipe=paper"]).__dict__[section] for section in ("train", "model"))
-    assert (model.gaussians, train.batch, config.data.box) == (30000, 1, box)
+    paper = load_config(name, ["recipe=paper"])
+    assert (paper.model.gaussians, paper.train.batch, paper.data.box) == (30000, 1, box)
 
 
 # Recipes
