@@ -13,7 +13,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed.stamp
 BUILT := .venv/built.stamp
 DATA := runs/demo-data
-SIMULATE := --box 96 --pixel-size 2 --images 3000 --snr 0.0005
+SIMULATE := --box 96 --pixel-size 2 --images 3000 --snr 0.0007
 
 .PHONY: help demo test venv lint clean
 

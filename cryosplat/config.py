@@ -36,7 +36,7 @@ class DataConfig:
     box: int | None = None  # px, even; images are Fourier-cropped to it
     pixel_size: float | None = None  # A/px of the stored images; only without a CTF
     truth: str | None = None  # map to compare with, simulations only
-    mask: str | None = None  # soft mask for FSC, 0 to 1; none: no mask
+    mask: str | None = None  # soft mask for FSC, 0 to 1; none: made from the linear half maps
     precision: str = "half"  # images in memory: half or single
     holdout: float = 0.0  # fraction of the images that nothing is trained on, to watch overfitting with
     null: str = "none"  # null test: phases (random beyond null_shell_a) or noise (no particle at all)
@@ -46,16 +46,16 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The Gaussian mixture and its random start (lengths in fractions of the box)."""
+    """The Gaussian mixtures and their start (lengths in fractions of the box)."""
 
-    gaussians: int | None = None  # none: from each half's own volume and resolution (start=map only)
-    start: str = "map"  # map: drawn from the density of the linear map; random: at random round the centre
+    gaussians: int | None = None  # none: from each model's own volume and resolution (start=map only)
+    start: str = "map"  # map: drawn from the density of its linear map; random: at random round the centre
     amplitudes: str = "signed"  # signed, or positive (the paper's softplus)
-    spread: float = 0.075  # standard deviation of the initial positions
-    scale: float = 0.0075  # initial standard deviation of a Gaussian
+    spread: float = 0.075  # standard deviation of the initial positions (start=random only)
+    scale: float = 0.0075  # initial standard deviation of a Gaussian (start=random only)
     scale_min: float = 0.004
     scale_max: float = 0.05
-    cutoff: float = 3.5  # standard deviations; relative L2 error of an image 2e-3
+    cutoff: float = 3.5  # standard deviations drawn in images; relative L2 error of an image 2e-3
 
 
 @dataclass
@@ -69,6 +69,8 @@ class VolumeConfig:
 
 @dataclass
 class TrainConfig:
+    """Training image by image, after the fit in the volume or instead of it; seed, device and threads of all."""
+
     epochs: int = 0  # passes over the images, image by image; none are needed after a fit in the volume
     batch: int = 64  # images a step, over all ranks
     lr: float = 1e-4  # one rate for all parameters

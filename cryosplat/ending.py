@@ -37,7 +37,7 @@ def _resolutions(summary: dict[str, Any], halves: bool) -> list[tuple[str, str]]
         rows = [
             (
                 "resolution",
-                f"{_angstrom(summary, 'resolution')} (delivered map, calibrated FSC 0.5, under {summary['mask']})",
+                f"{_angstrom(summary, 'resolution')} (calibrated FSC 0.5, a little modest, under {summary['mask']})",
             ),
             (
                 "naive resolution",

@@ -8,16 +8,19 @@ import numpy as np
 
 from cryosplat.backprojection import LinearHalf
 from cryosplat.calibration import Calibration
-from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS, shell_to_angstrom
+from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, fsc
-from cryosplat.masks import mask_from_map, spherical_mask
+from cryosplat.masks import mask_from_map, radii, spherical_mask
 from cryosplat.quadratic import sign_certainty
 
 logger = logging.getLogger(__name__)
 
-LEAST_SHELLS = 4
-"""Shells that half maps must agree on. A ball of density makes the first two or three whatever the poses are."""
+LEAST_SHELLS, SIGNAL_CERTAINTY = 3, 4.0
+"""Shells that half maps must agree in, and standard errors of the FSC of pure noise that count as agreement."""
+
+SIGN_SPREAD = 0.075
+"""Standard deviation, as a fraction of the box, of the density that tells the sign."""
 
 SIGN_CERTAINTY = 6.0
 """Standard errors at which the data are held to be of the other sign."""
@@ -83,39 +86,47 @@ def linear_maps(
 
 
 def require_signal(maps: LinearMaps) -> None:
-    """Check that the linear half maps agree on more than that there is a blob in the middle.
+    """Check that the linear half maps agree on more than a ball of density in the middle.
 
-    Images with wrong poses still do: averaged over all directions, they make the same ball of either half.
+    Images with wrong poses still make one, averaged over all directions, the same from either half. So each half map's
+    mean over directions is taken off first.
 
     Raises:
-        InputError: they agree on fewer than ``LEAST_SHELLS`` shells; with what to check.
+        InputError: what is left agrees in fewer than ``LEAST_SHELLS`` shells; with what to check.
     """
-    curve = maps.curve.fsc
-    below = np.flatnonzero(curve[1:] < RESOLUTION_THRESHOLD_HALF_MAPS)
-    agreed = int(below[0]) if len(below) else len(curve) - 1
-    if agreed >= LEAST_SHELLS:
-        return
-    reach = f"to {shell_to_angstrom(agreed, maps.curve.box, maps.pixel_size_a):.0f} A" if agreed else "on nothing"
-    raise InputError(
-        f"the linear half maps agree {reach} (FSC {RESOLUTION_THRESHOLD_HALF_MAPS}): there is nothing that a mixture "
-        "could be fitted to. Check that data.poses and data.ctf belong to this stack, row by row; that their A/px and "
-        "box are those of these images; that data.ctf is given if the images have a CTF; and how many particles there "
-        "are. cryosplat backproject shows the maps in seconds. data.check_signal=false trains all the same"
-    )
+    left = (_without_ball(half.map) for half in maps.halves)
+    curve = fsc(*left, maps.pixel_size_a, maps.mask).fsc
+    voxels = maps.calibration.sums.voxels.sum(1) * float(np.mean(maps.mask**2))  # independent ones under the mask
+    clear = np.maximum(RESOLUTION_THRESHOLD_HALF_MAPS, SIGNAL_CERTAINTY / np.sqrt(np.maximum(voxels, 1)))
+    agreed = int((curve > clear)[1:].sum())
+    if agreed < LEAST_SHELLS:
+        raise InputError(
+            f"beyond a round ball of density the linear half maps agree in {agreed} shells of {len(curve) - 1} (FSC "
+            f"{RESOLUTION_THRESHOLD_HALF_MAPS}, clear of its noise): there is nothing that a mixture could be fitted "
+            "to. Check that data.poses and data.ctf belong to this stack, row by row; that the rotations are not "
+            "transposed; that the A/px and box of data.ctf are those of these images; that data.ctf is given if the "
+            "images have a CTF; and how many particles there are. cryosplat backproject shows the maps in seconds. "
+            "data.check_signal=false trains all the same"
+        )
 
 
-def require_sign(halves: tuple[LinearHalf, ...], spread: float) -> None:
+def _without_ball(volume: np.ndarray) -> np.ndarray:
+    shell = np.rint(radii(len(volume))).astype(np.int64).ravel()
+    mean = np.bincount(shell, volume.ravel()) / np.maximum(np.bincount(shell), 1)
+    return volume - mean[shell].reshape(volume.shape).astype(np.float32)
+
+
+def require_sign(halves: tuple[LinearHalf, ...]) -> None:
     """Check that the images' density is positive: their correlation with a round Gaussian at the centre.
 
     Args:
         halves: of both halves, or one of all images.
-        spread: standard deviation of that Gaussian, fraction of the box.
 
     Raises:
         InputError: the images are clearly of the other sign.
     """
     equations = [half.equations for half in halves]
-    certainty = sign_certainty(equations[0] + equations[1] if len(equations) == 2 else equations[0], spread)
+    certainty = sign_certainty(equations[0] + equations[1] if len(equations) == 2 else equations[0], SIGN_SPREAD)
     logger.info("sign of the data: %+.1f standard errors", certainty)
     if certainty < -SIGN_CERTAINTY:
         raise InputError(

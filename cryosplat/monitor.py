@@ -193,7 +193,8 @@ class Monitor:
         self.flush()
         words = [f"resolution {name.replace('_', ' ')} {value:.2f} A" for name, value in known.items()]
         words += [f"mean FSC {name.replace('_', ' ')} {value:.4f}" for name, value in means.items()]
-        logger.info("after epoch %d, step %d: %s", epoch, step, ", ".join(words) or "no half maps, no truth")
+        when = f"after epoch {epoch}, step {step}" if step else "after the fit in the volume"
+        logger.info("%s: %s", when, ", ".join(words) or "no half maps, no truth")
 
     def holdout(self, step: int, epoch: int, gains: Mapping[str, float]) -> None:
         """Log what held-out and trained images say of the models, in holdout.csv too.
@@ -216,7 +217,7 @@ class Monitor:
             gains: by model, the log likelihood over an empty map before every step, nats.
         """
         columns = {f"gain_{name}": curve for name, curve in gains.items()}
-        said = ", ".join(f"{name} {curve[-1]:.4g}" for name, curve in gains.items())
+        said = ", ".join(f"{name.replace('_', ' ')} {curve[-1]:.5g}" for name, curve in gains.items())
         logger.info("fitted in the volume; nats gained over an empty map: %s", said)
         write_volume_fit(self._run_dir / "volume_fit.csv", columns)
         with contextlib.ExitStack() as stack:

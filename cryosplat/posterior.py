@@ -255,7 +255,7 @@ def _factor_alone(
     seen: np.ndarray,
     sums: SectorSums,
 ) -> np.ndarray:
-    """Weights (D, D, D//2+1) of mixtures where no image of either half has told anything, and they are all there is.
+    """Weights (D, D, D//2+1) of mixtures where no image of one half or the other has told anything.
 
     That is <G, T> / <G, G> of the voxels that are seen: what is overfitted there counts less here.
     """

@@ -162,28 +162,30 @@ class Run:
 
         With halves ``self.linear`` is what becomes of them: they do not change while it trains.
         """
-        self.linear, halves = None, self.config.maps.halves
-        if not halves and not self.config.volume.steps:
+        self.linear, halves, fits = None, self.config.maps.halves, self.config.volume.steps > 0
+        if not halves and not fits:
             return None
-        mine = dataset.owned[~plan.held_out[dataset.owned]]
-        sums = back_project(dataset, mine, self.noise, self.world, halves=halves)
-        found = None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
-        del sums
-        if found and halves:
-            name = f"data.mask={self.config.data.mask}"
-            self.linear = linear_maps(found, dataset.pixel_size_a, self.comparison.mask, name)
-        data = self.config.data
-        if data.null == "none" and data.check_signal and not self.run.resumed:
-            distributed.together(lambda: self._require_signal(found), self.world)
+        world = self.world
+
+        def reconstruct(ids: np.ndarray, halves: bool) -> tuple[LinearHalf, ...] | None:
+            sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, halves=halves)
+            return None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
+
+        found = reconstruct(~plan.held_out, halves)
+        watched = fits and not self.run.resumed and plan.held_out.any()
+        kept = reconstruct(plan.held_out, False) if watched else None
+        self.held_out = kept[0].equations if kept else None
+        distributed.together(lambda: self._look_at(found, dataset.pixel_size_a) if world.is_main else None, world)
         return found
 
-    def _require_signal(self, halves: tuple[LinearHalf, ...] | None) -> None:
-        """Rank 0 looks at the linear maps before anything is fitted to them."""
-        if halves is None:
-            return
-        if self.config.data.check_sign:
-            require_sign(halves, self.config.model.spread)
-        if self.linear is not None:
+    def _look_at(self, halves: tuple[LinearHalf, ...], pixel_size_a: float) -> None:
+        """Make the linear maps of the halves, and see whether they are worth fitting anything to."""
+        data, checked = self.config.data, self.config.data.null == "none" and not self.run.resumed
+        if checked and data.check_sign and self.config.volume.steps:
+            require_sign(halves)
+        if self.config.maps.halves:
+            self.linear = linear_maps(halves, pixel_size_a, self.comparison.mask, f"data.mask={data.mask}")
+        if checked and data.check_signal and self.linear is not None:
             require_signal(self.linear)
 
     def _mixture(self, dataset: ParticleDataset, halves: tuple[LinearHalf, ...] | None) -> GaussianMixture:
@@ -214,6 +216,13 @@ class Run:
         fitted = fit_all(problems, models, settings, self.world)
         self.fit_seconds = time.perf_counter() - began
         self.fit_gains = {name: one.gains for name, one in zip(MODEL_NAMES, fitted, strict=False)}
+        if fitted[0].held_out_gains:
+            self.fit_gains |= {
+                f"{name}_held_out": one.held_out_gains for name, one in zip(MODEL_NAMES, fitted, strict=False)
+            }
+        if self.world.is_main:
+            for name, one in zip(MODEL_NAMES, fitted, strict=False):
+                one.warn(name)
         mixture = GaussianMixture(models, [len(one.parameters) for one in fitted], model.amplitudes, scale_range)
         with torch.no_grad():
             for m, one in enumerate(fitted):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
+import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from cryosplat.errors import InputError
 from cryosplat.gaussians import AMPLITUDE, MEAN, NUMBERS, QUATERNION, SCALE, GaussianMixture, inverse_softplus
 from cryosplat.masks import mask_from_map, spherical_mask
 from cryosplat.optimiser import ColumnAdam
-from cryosplat.quadratic import QuadraticForm
+from cryosplat.quadratic import NormalEquations, QuadraticForm
 from cryosplat.sectors import SectorSums, smooth
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,9 @@ LAST_RATE = 0.1
 
 BETAS = (0.9, 0.99)
 
+OVERFITTED = 4.0
+"""Standard errors by which held-out images must have become less likely before that is called overfitting."""
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -80,6 +84,7 @@ class Problem:
         seed: of the points drawn.
         share: of all images that are the model's. What is made of both halves has the noise of all images, so each
             half is filtered, and its Gaussians are counted, as for that noise and not for its own.
+        held_out: normal equations of images that nothing is fitted to, to watch overfitting with; None: there are none.
     """
 
     half: LinearHalf
@@ -87,6 +92,7 @@ class Problem:
     name: str
     seed: int
     share: float = 1.0
+    held_out: NormalEquations | None = None
 
     @property
     def box(self) -> int:
@@ -102,11 +108,27 @@ class Fitted:
         parameters: (G, 11) of ``GaussianMixture``.
         unit: its grey scale.
         gains: log likelihood over that of an empty map, in nats, before every step.
+        held_out_gains: the same of the images held out; empty if there are none.
+        held_out_loss: by how many standard errors the last of these is below the best.
     """
 
     parameters: Tensor
     unit: float
     gains: list[float]
+    held_out_gains: list[float]
+    held_out_loss: float = 0.0
+
+    def warn(self, name: str) -> None:
+        """Say what a user should know of a fit, if anything."""
+        if self.gains[-1] < self.gains[0]:
+            logger.warning("%s: its fit in the volume made it worse; lower volume.step_px", name)
+        if self.held_out_loss > OVERFITTED:
+            best = int(np.argmax(self.held_out_gains))
+            logger.warning(
+                "%s: after step %d of its fit the images held out fell from %.5g to %.5g nats: more Gaussians or steps "
+                "than the data carry; lower model.gaussians or volume.steps, or raise volume.prior",
+                *(name, best, self.held_out_gains[best], self.held_out_gains[-1]),
+            )
 
 
 def whole(halves: tuple[LinearHalf, LinearHalf]) -> LinearHalf:
@@ -145,12 +167,34 @@ def fit(problem: Problem, model: ModelConfig, volume: VolumeConfig, scale_range:
         mixture.start_randomly(model.spread, model.scale, problem.seed)
     else:
         _start_from(filtered * mask, mixture, problem)
-    gains = _descend(mixture, form, box, volume, problem)
+    watch = None if problem.held_out is None else _Watch(problem.held_out.within(side))
+    gains = _descend(mixture, form, box, volume, problem, watch)
     logger.info(
         "%s: %d Gaussians fitted in the volume, %d steps in a box of %d px; %.0f nats above an empty map",
         problem.name, count, len(gains), side, gains[-1],
     )  # fmt: skip
-    return Fitted(mixture.mixtures[0].detach(), float(mixture.unit), gains)
+    seen = (watch.gains, watch.loss) if watch else ([], 0.0)
+    return Fitted(mixture.mixtures[0].detach(), float(mixture.unit), gains, *seen)
+
+
+class _Watch:
+    """How likely a mixture's map makes images that it is not fitted to, step by step."""
+
+    def __init__(self, form: QuadraticForm):
+        self.form, self.gains, self.best, self.loss = form, [], None, 0.0
+
+    @torch.no_grad()
+    def look(self, volume: Tensor) -> None:
+        """At the map (B, B, B) of a step."""
+        gain = -float(self.form(volume)[0])
+        if self.best is None or gain >= max(self.gains):
+            self.best, self.loss = volume.clone(), 0.0
+        else:
+            # The images' noise makes the difference of two maps' likelihoods uncertain by this much.
+            change = volume - self.best
+            error = math.sqrt(max(float(torch.sum(change * self.form.convolved(change))), 1e-30))
+            self.loss = (max(self.gains) - gain) / error
+        self.gains.append(gain)
 
 
 def fit_all(
@@ -197,8 +241,9 @@ def wiener_alone(half: LinearHalf, sums: SectorSums, share: float = 1.0) -> tupl
     signal = power.astype(np.float32)[sums.shell]
     weights = np.where(seen, signal / (signal + share * variance), 0)
     mean = sums(weights.astype(np.float32)).sum(1) / np.maximum(sums.voxels.sum(1), 1)
-    faint = np.flatnonzero(mean[1:] < SIGNIFICANT)
-    resolved = int(faint[0]) if len(faint) else sums.shells - 1
+    # Signal over noise may dip where a molecule's spectrum does, near 15 A, and is resolved again beyond.
+    falling = scipy.optimize.isotonic_regression(mean[1:], weights=np.arange(1, len(mean)), increasing=False).x
+    resolved = int((falling >= SIGNIFICANT).sum())
     return scipy.fft.irfftn(spectrum * weights, half.map.shape).astype(np.float32), max(resolved, 1)
 
 
@@ -227,25 +272,63 @@ def _start_from(density: np.ndarray, mixture: GaussianMixture, problem: Problem)
     weight = np.maximum(smoothed, 0).ravel().astype(np.float64)
     if not weight.sum() > 0:
         weight = np.ones_like(weight)
-    rng = np.random.default_rng([problem.seed, count])
-    place = np.searchsorted(np.cumsum(weight), rng.random(count) * weight.sum(), side="right")
-    zyx = np.stack(np.unravel_index(np.minimum(place, len(weight) - 1), density.shape), axis=1)
-    position = zyx[:, ::-1] - box // 2 + rng.uniform(-0.5, 0.5, (count, 3))
+    rng = np.random.default_rng(problem.seed)
+    threshold, within = rng.random(len(weight)), rng.random((len(weight), 3), dtype=np.float32)
+    place, turn = _deal(weight, threshold, count)
+    # A voxel's second point and further ones lie well apart from its first (the sequence of the plastic number).
+    uniform = (within[place] + turn[:, None] * np.array([0.8191725, 0.6710436, 0.5497005])) % 1
+    zyx = np.stack(np.unravel_index(place, density.shape), axis=1)
+    position = zyx[:, ::-1] - box // 2 + uniform - 0.5
     spacing_px = (weight.sum() ** 2 / (weight**2).sum() / count) ** (1 / 3)
     parameters = torch.empty(count, NUMBERS)
     parameters[:, MEAN] = torch.from_numpy(position / box).float()
     parameters[:, SCALE] = inverse_softplus(START_SCALE * spacing_px / box)
     # Turned at random: the axes of a round Gaussian would all grow along those of the box.
-    parameters[:, QUATERNION] = torch.nn.functional.normalize(
-        torch.from_numpy(rng.standard_normal((count, 4))).float(), dim=1
-    )
+    parameters[:, QUATERNION] = torch.from_numpy(_quaternions(uniform)).float()
     parameters[:, AMPLITUDE] = mixture.raw_amplitude_of_equals(count)
     mixture.mixtures[0].copy_(parameters)
     mixture.stay_in_bounds()
 
 
+def _deal(weight: np.ndarray, threshold: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Deal ``count`` points to voxels in proportion to their weights, none much more or less than its due.
+
+    A voxel gets floor(due + threshold) of them, its threshold uniform from 0 to 1, where dues are weights times a
+    factor that makes the sum right. What a voxel gets depends on others' weights through that factor alone, so that maps
+    which are equal up to rounding (made by another number of ranks) have the same points, but for one now and then.
+
+    Returns:
+        The voxel of every point (count,), and which point of its voxel it is, from 0.
+    """
+    low, high = 0.0, 2 * (count + 1) / weight.sum()
+    while np.floor(high * weight + threshold).sum() < count:
+        high *= 2
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if np.floor(middle * weight + threshold).sum() >= count else (middle, high)
+    number = np.floor(high * weight + threshold).astype(np.int64)
+    place = np.repeat(np.arange(len(weight)), number)
+    turn = np.arange(len(place)) - np.repeat(np.cumsum(number) - number, number)
+    return place[:count], turn[:count]  # where the last factor adds several points at once, a few are too many
+
+
+def _quaternions(uniform: np.ndarray) -> np.ndarray:
+    """Quaternions (N, 4) uniform over all rotations from numbers (N, 3) uniform from 0 to 1 (Shoemake)."""
+    one, two, three = uniform.T
+    less, more = np.sqrt(1 - one), np.sqrt(one)
+    turns = 2 * math.pi * two, 2 * math.pi * three
+    return np.stack(
+        [less * np.sin(turns[0]), less * np.cos(turns[0]), more * np.sin(turns[1]), more * np.cos(turns[1])], 1
+    )
+
+
 def _descend(
-    mixture: GaussianMixture, form: QuadraticForm, box: int, volume: VolumeConfig, problem: Problem
+    mixture: GaussianMixture,
+    form: QuadraticForm,
+    box: int,
+    volume: VolumeConfig,
+    problem: Problem,
+    watch: _Watch | None = None,
 ) -> list[float]:
     """Fit a mixture in place; the gains in log likelihood before every step."""
     parameters, side = mixture.mixtures[0], form.side
@@ -267,6 +350,8 @@ def _descend(
         with torch.no_grad():
             value, gradient = form(drawn.detach())
         gains.append(value)
+        if watch is not None:
+            watch.look(drawn.detach())
         wanted = 0.5 * volume.prior * (mixture.shares() * mixture.gaussians - 1).square().sum()
         torch.autograd.backward([drawn, wanted], [gradient, torch.ones_like(wanted)])
         progress = step / volume.steps

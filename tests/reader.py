@@ -36,8 +36,7 @@ SMALLER = {
 
 STAND_IN = "simulate --box 32 --pixel-size 8 --images 64 --seed 1 --out standin".split()
 SMALL_RUN = (
-    "model.gaussians=60 model.scale=0.03 model.scale_min=0.02 train.epochs=1 train.threads=1 "
-    "data.truth=standin/truth.mrc data.mask=standin/mask.mrc"
+    "model.scale=0.03 model.scale_min=0.02 train.threads=1 data.truth=standin/truth.mrc data.mask=standin/mask.mrc"
 ).split()
 """Settings of every training command here; Gaussians at least as wide as 0.6 px, so that their sums are right."""
 

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from plyfile import PlyData
 from reader import ROOT, SMALLER, Desk, blocks, commands, lay_out, names, program_state_kept, table
 
-from cryosplat.config import Config, load_config
-from cryosplat.metrics import COLUMNS
+from cryosplat.config import RECIPES, Config, load_config
+from cryosplat.metrics import COLUMNS, read_volume_fit
 from cryosplat.unpickle import read_pickle
 
 PAGES = [ROOT / name for name in ("README.md", "docs/formats.md", "docs/operations.md")]
@@ -163,6 +163,14 @@ def test_the_table_of_settings_has_every_key_with_its_default():
     assert said == defaults()
 
 
+def test_the_table_of_recipes_has_every_recipe_with_what_it_sets():
+    said = {
+        row[0].strip("`"): {key: yaml.safe_load(value) for key, value in re.findall(r"`([\w.]+)=(\S+)`", row[2])}
+        for row in table(FORMATS, "## Recipes")
+    }
+    assert said == RECIPES
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_setting_named_exists(page):
     sections = "|".join(sorted({key.split(".")[0] for key in defaults() if "." in key}))
@@ -183,6 +191,8 @@ def test_the_run_directory_holds_what_is_said(desk):
     said = {name.rstrip("/") for name in names(FORMATS, "## The run directory")}
     assert {path.name for path in (desk.folder / "runs/my").iterdir()} == said
     assert names(ROOT / "README.md", "## What comes out") <= {*said, *(f"{name}/" for name in said)}
+    trained = {path.name for path in (desk.folder / "runs/two").iterdir()}
+    assert trained == {*said, "loss.png"} - {"volume_fit.csv", "volume_fit.png"}
 
 
 def test_the_simulated_stack_has_the_files_that_are_said(desk):
@@ -202,6 +212,7 @@ def test_every_key_of_the_summary_is_explained(desk):
 
 def test_every_column_is_explained(desk):
     assert names(FORMATS, "## metrics.csv") == set(COLUMNS)
+    assert names(FORMATS, "## volume_fit.csv") == set(read_volume_fit(desk.folder / "runs/my/volume_fit.csv"))
     with open(desk.folder / "runs/my/fsc.csv", newline="") as file:
         written = next(csv.reader(file))
     said = names(FORMATS, "## fsc.csv")
@@ -246,10 +257,13 @@ def test_amplitudes_are_in_the_unit_that_is_said(desk):
 def test_every_tensorboard_tag_is_explained(desk):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(desk.folder / "runs/my/tensorboard"))
-    events.Reload()
-    tags = events.Tags()
-    written = {*tags["scalars"], *tags["images"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
+    written = set()
+    for folder in ("my/tensorboard", "my/tensorboard/volume_fit", "two/tensorboard"):
+        events = EventAccumulator(str(desk.folder / "runs" / folder))
+        events.Reload()
+        tags = events.Tags()
+        written |= {*tags["scalars"], *tags["images"]}
+        written |= {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
     said = names(FORMATS, "## TensorBoard")
     section = FORMATS.read_text().partition("## TensorBoard")[2].partition("\n## ")[0]
     tails = re.findall(r"`(_\w+)`", section)
