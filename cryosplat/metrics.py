@@ -46,6 +46,12 @@ HOLDOUT_COLUMNS = (
 """Columns of holdout.csv: gains in log likelihood over an empty map, nats an image, of held-out and trained images."""
 
 
+OVERFITTED = 0.25
+"""Share of their best gain that held-out images must have lost in a fit before that is called overfitting. Up to 4 % is
+usual for a mixture of all images, and 16 % for one of a half: their map is best in FSC, which asks for no damping of
+shells that are mostly noise, well after it is best in likelihood, which does (benchmarks/quality.md)."""
+
+
 def read_metrics(path: str | os.PathLike, columns: Sequence[str] = COLUMNS) -> dict[str, np.ndarray]:
     """Columns of a metrics.csv (or of another such file) by name, float64, one value a row, NaN where there is none.
 

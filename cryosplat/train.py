@@ -207,7 +207,12 @@ class Run:
             halves = (whole(halves), *halves) if len(halves) == 2 else halves
             problems = [
                 Problem(
-                    half, dataset.pixel_size_a, name, self.config.train.seed * 1_000_003 + m, 1.0 if m == 0 else 0.5
+                    half,
+                    dataset.pixel_size_a,
+                    name,
+                    seed=self.config.train.seed * 1_000_003 + m,
+                    share=1.0 if m == 0 else 0.5,
+                    held_out=self.held_out,
                 )
                 for m, (half, name) in enumerate(zip(halves, MODEL_NAMES, strict=False))
             ]
@@ -221,8 +226,7 @@ class Run:
                 f"{name}_held_out": one.held_out_gains for name, one in zip(MODEL_NAMES, fitted, strict=False)
             }
         if self.world.is_main:
-            for name, one in zip(MODEL_NAMES, fitted, strict=False):
-                one.warn(name)
+            fitted[0].warn(MODEL_NAMES[0])
         mixture = GaussianMixture(models, [len(one.parameters) for one in fitted], model.amplitudes, scale_range)
         with torch.no_grad():
             for m, one in enumerate(fitted):

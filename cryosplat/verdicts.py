@@ -8,7 +8,7 @@ import numpy as np
 
 from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.fsc import FscCurve, resolution
-from cryosplat.metrics import HOLDOUT_COLUMNS, read_metrics
+from cryosplat.metrics import HOLDOUT_COLUMNS, OVERFITTED, read_metrics, read_volume_fit
 from cryosplat.records import Record
 from cryosplat.uncertainty import independent_voxels, standard_error
 
@@ -276,7 +276,26 @@ def judge_holdout(run: Record, fraction: float) -> Check:
     shown = {label: values for label, values in both.items() if np.isfinite(values).any()}
     title = f"{int(table['images'][-1])} held-out images"
     check.panels.append(Panel(title, "epoch", "gain (nats an image)", table["epoch"], shown, in_pairs=True))
+    fit = read_volume_fit(run.folder / "volume_fit.csv") or {}
+    watched = {name: curve for name, curve in fit.items() if name.endswith("_held_out")}
+    if watched:
+        _judge_fit(check, watched["gain_full_held_out"])
+        shown = {column.removeprefix("gain_").replace("_", " "): curve for column, curve in watched.items()}
+        check.panels.append(Panel("the fit in the volume", "step", "gain (nats)", fit["step"], shown))
     return check
+
+
+def _judge_fit(check: Check, gain: np.ndarray) -> None:
+    """Gains of held-out images over the steps of the full model's fit in the volume."""
+    best = int(np.argmax(gain))
+    fall = float((gain[best] - gain[-1]) / max(gain[best], 1e-9))
+    check.numbers["fall_in_fit"] = fall
+    words = f"held-out images lost {fall:.0%} of their best gain after step {best} of the fit in the volume"
+    if fall > OVERFITTED and gain[best] > 0:
+        mend = "take fewer steps (volume.steps) or Gaussians (model.gaussians), or a firmer prior (volume.prior)"
+        check.say(FAIL, f"{words}: {mend}.")
+    else:
+        check.say(PASS, f"{words} ({OVERFITTED:.0%} is allowed).")
 
 
 def _judge_curve(check: Check, model: str, gain: np.ndarray, trained: np.ndarray, table: Mapping) -> None:

@@ -30,6 +30,7 @@ from cryosplat.config import ModelConfig, VolumeConfig
 from cryosplat.errors import InputError
 from cryosplat.gaussians import AMPLITUDE, MEAN, NUMBERS, QUATERNION, SCALE, GaussianMixture, inverse_softplus
 from cryosplat.masks import mask_from_map, spherical_mask
+from cryosplat.metrics import OVERFITTED
 from cryosplat.optimiser import ColumnAdam
 from cryosplat.quadratic import NormalEquations, QuadraticForm
 from cryosplat.sectors import SectorSums, smooth
@@ -69,9 +70,6 @@ LAST_RATE = 0.1
 
 BETAS = (0.9, 0.99)
 
-OVERFITTED = 4.0
-"""Standard errors by which held-out images must have become less likely before that is called overfitting."""
-
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -109,21 +107,19 @@ class Fitted:
         unit: its grey scale.
         gains: log likelihood over that of an empty map, in nats, before every step.
         held_out_gains: the same of the images held out; empty if there are none.
-        held_out_loss: by how many standard errors the last of these is below the best.
     """
 
     parameters: Tensor
     unit: float
     gains: list[float]
     held_out_gains: list[float]
-    held_out_loss: float = 0.0
 
     def warn(self, name: str) -> None:
         """Say what a user should know of a fit, if anything."""
         if self.gains[-1] < self.gains[0]:
             logger.warning("%s: its fit in the volume made it worse; lower volume.step_px", name)
-        if self.held_out_loss > OVERFITTED:
-            best = int(np.argmax(self.held_out_gains))
+        best = int(np.argmax(self.held_out_gains)) if self.held_out_gains else 0
+        if self.held_out_gains and self.held_out_gains[-1] < (1 - OVERFITTED) * self.held_out_gains[best]:
             logger.warning(
                 "%s: after step %d of its fit the images held out fell from %.5g to %.5g nats: more Gaussians or steps "
                 "than the data carry; lower model.gaussians or volume.steps, or raise volume.prior",
@@ -167,34 +163,13 @@ def fit(problem: Problem, model: ModelConfig, volume: VolumeConfig, scale_range:
         mixture.start_randomly(model.spread, model.scale, problem.seed)
     else:
         _start_from(filtered * mask, mixture, problem)
-    watch = None if problem.held_out is None else _Watch(problem.held_out.within(side))
-    gains = _descend(mixture, form, box, volume, problem, watch)
+    held_out = None if problem.held_out is None else problem.held_out.within(side)
+    gains, held_out_gains = _descend(mixture, form, box, volume, problem, held_out)
     logger.info(
         "%s: %d Gaussians fitted in the volume, %d steps in a box of %d px; %.0f nats above an empty map",
-        problem.name, count, len(gains), side, gains[-1],
-    )  # fmt: skip
-    seen = (watch.gains, watch.loss) if watch else ([], 0.0)
-    return Fitted(mixture.mixtures[0].detach(), float(mixture.unit), gains, *seen)
-
-
-class _Watch:
-    """How likely a mixture's map makes images that it is not fitted to, step by step."""
-
-    def __init__(self, form: QuadraticForm):
-        self.form, self.gains, self.best, self.loss = form, [], None, 0.0
-
-    @torch.no_grad()
-    def look(self, volume: Tensor) -> None:
-        """At the map (B, B, B) of a step."""
-        gain = -float(self.form(volume)[0])
-        if self.best is None or gain >= max(self.gains):
-            self.best, self.loss = volume.clone(), 0.0
-        else:
-            # The images' noise makes the difference of two maps' likelihoods uncertain by this much.
-            change = volume - self.best
-            error = math.sqrt(max(float(torch.sum(change * self.form.convolved(change))), 1e-30))
-            self.loss = (max(self.gains) - gain) / error
-        self.gains.append(gain)
+        *(problem.name, count, len(gains), side, gains[-1]),
+    )
+    return Fitted(mixture.mixtures[0].detach(), float(mixture.unit), gains, held_out_gains)
 
 
 def fit_all(
@@ -294,7 +269,7 @@ def _deal(weight: np.ndarray, threshold: np.ndarray, count: int) -> tuple[np.nda
     """Deal ``count`` points to voxels in proportion to their weights, none much more or less than its due.
 
     A voxel gets floor(due + threshold) of them, its threshold uniform from 0 to 1, where dues are weights times a
-    factor that makes the sum right. What a voxel gets depends on others' weights through that factor alone, so that maps
+    factor that makes the sum right. What a voxel gets depends on other weights through that factor alone, so that maps
     which are equal up to rounding (made by another number of ranks) have the same points, but for one now and then.
 
     Returns:
@@ -328,9 +303,9 @@ def _descend(
     box: int,
     volume: VolumeConfig,
     problem: Problem,
-    watch: _Watch | None = None,
-) -> list[float]:
-    """Fit a mixture in place; the gains in log likelihood before every step."""
+    held_out: QuadraticForm | None,
+) -> tuple[list[float], list[float]]:
+    """Fit a mixture in place; gains in log likelihood before every step, of its own images and of those held out."""
     parameters, side = mixture.mixtures[0], form.side
     reach = (side / 2 - 1) / box
     widest = max(LARGEST_SCALE_PX / box, 1.5 * _narrowest(mixture))
@@ -344,14 +319,14 @@ def _descend(
         # The best grey scale, if it is one: amplitudes near zero could not move.
         factor = form.best_factor(_draw(mixture, side, box))
         mixture.unit *= factor if math.isfinite(factor) and factor > 1e-3 else 1.0
-    gains = []
+    gains, held_out_gains = [], []
     for step in range(volume.steps):
         drawn = _draw(mixture, side, box)
         with torch.no_grad():
             value, gradient = form(drawn.detach())
         gains.append(value)
-        if watch is not None:
-            watch.look(drawn.detach())
+        if held_out is not None:
+            held_out_gains.append(-float(held_out(drawn.detach())[0]))
         wanted = 0.5 * volume.prior * (mixture.shares() * mixture.gaussians - 1).square().sum()
         torch.autograd.backward([drawn, wanted], [gradient, torch.ones_like(wanted)])
         progress = step / volume.steps
@@ -363,7 +338,7 @@ def _descend(
             f"{problem.name}: its fit in the volume did not stay finite; lower volume.step_px ({volume.step_px:g}) or "
             f"volume.prior ({volume.prior:g})"
         )
-    return gains
+    return gains, held_out_gains
 
 
 def _draw(mixture: GaussianMixture, side: int, box: int) -> Tensor:

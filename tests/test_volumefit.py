@@ -19,7 +19,7 @@ from cryosplat.particles import read_particles
 from cryosplat.quadratic import NormalEquations
 from cryosplat.reconstruction import Reconstruction
 from cryosplat.sectors import SectorSums
-from cryosplat.volumefit import FEWEST, Problem, fit, fit_all, whole, wiener_alone
+from cryosplat.volumefit import FEWEST, Problem, _deal, fit, fit_all, whole, wiener_alone
 
 BOX, PIXEL_SIZE_A = training_set.BOX, training_set.PIXEL_SIZE_A
 RANGE = (0.5 / BOX, 0.1)
@@ -292,3 +292,32 @@ def test_an_absurd_step_stays_within_the_box_and_loses_likelihood(both, default)
     found = fitted(both, volume=VolumeConfig(step_px=1e39))
     assert found.parameters.isfinite().all() and float(found.parameters[:, MEAN].abs().max()) <= 0.5
     assert found.gains[-1] < 0.5 * default.gains[-1]
+
+
+def test_points_are_dealt_in_proportion_and_alike_to_maps_equal_up_to_rounding():
+    rng = np.random.default_rng(0)
+    weight, threshold = np.maximum(rng.normal(size=4000), 0), rng.random(4000)
+    place, turn = _deal(weight, threshold, 1500)
+    number = np.bincount(place, minlength=4000)
+    due = 1500 * weight / weight.sum()
+    assert len(place) == len(turn) == 1500 and (number[weight == 0] == 0).all()
+    assert np.abs(number - due).max() < 1.2  # a draw with replacement would give some voxel three too many
+    assert turn.max() == number.max() - 1
+    again = _deal(weight * (1 + 1e-7 * rng.normal(size=4000)), threshold, 1500)[0]
+    assert np.abs(number - np.bincount(again, minlength=4000)).sum() <= 2
+    assert len(_deal(np.ones(8), np.full(8, 0.5), 20)[0]) == 20  # though all voxels get their next point at once
+
+
+def test_overfitting_is_seen_by_images_held_out(halves, caplog):
+    """Half b, with much more noise, watches half a: without a prior a fit learns noise until they have lost much."""
+    noise = halves[1].equations.kernel, 0 * halves[1].equations.data  # images of nothing but noise, seen by no noise
+    watched = dataclasses.replace(problem_of(halves[0], "full"), held_out=halves[1].equations)
+    firm = fit(watched, MODEL, VolumeConfig(), RANGE)
+    assert len(firm.held_out_gains) == len(firm.gains) and firm.held_out_gains[-1] > 0.9 * firm.gains[-1]
+    firm.warn("full")
+    assert not caplog.records
+    loose = fit(dataclasses.replace(watched, held_out=NormalEquations(*noise)), MODEL, VolumeConfig(steps=5), RANGE)
+    assert max(loose.held_out_gains) < 0  # any density is wrong for them
+    gains = [1.0, 4.0, 2.9]
+    dataclasses.replace(firm, held_out_gains=gains).warn("full")
+    assert "full: after step 1" in caplog.text and "model.gaussians" in caplog.text
