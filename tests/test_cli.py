@@ -253,7 +253,7 @@ def test_the_ending_says_what_came_out_and_where_it_is(command, stack, reference
     assert code == 0 and "the run is complete; nothing to do" in errors
     summary = json.loads((reference_run / "summary.json").read_text())
     expected = (
-        f"  resolution  {summary['resolution_a']:.2f} A or better (the data say nothing beyond) (delivered map, calibr",
+        f"  resolution  {summary['resolution_a']:.2f} A or better (the data say nothing beyond) (calibrated FSC",
         f"naive resolution  {summary['resolution_naive_a']:.2f} A",
         "they share the model's bias, so it says too much",
         "against the truth", "map.mrc", "half_a.mrc, half_b.mrc (linear, unfiltered: for deposition)",
@@ -265,17 +265,17 @@ def test_the_ending_says_what_came_out_and_where_it_is(command, stack, reference
         assert words in output
     assert "fitting in the volume" not in output and "volume_fit.png" not in output
     known = summary | {"resolution_a": 12.0, "resolution_error_a": 0.25, "resolution_at_limit_of_data": False}
-    assert "  resolution  12.00 A +- 0.25 (delivered map, calibrated FSC 0.5, under mask.mrc)" in ending(known)
+    assert "  resolution  12.00 A +- 0.25 (calibrated FSC 0.5, a little modest, under mask.mrc)" in ending(known)
 
 
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ({"resolution_a": None}, "resolution  none (delivered map"),
-        ({"resolution_a": 8.0, "resolution_at_nyquist": True}, "resolution  8.00 A (Nyquist) (delivered map"),
+        ({"resolution_a": None}, "resolution  none (calibrated"),
+        ({"resolution_a": 8.0, "resolution_at_nyquist": True}, "resolution  8.00 A (Nyquist) (calibrated"),
         (
             {"resolution_a": 9.0, "resolution_at_limit_of_data": True},
-            "resolution  9.00 A or better (the data say nothing beyond) (delivered map",
+            "resolution  9.00 A or better (the data say nothing beyond) (calibrated",
         ),
     ],
 )

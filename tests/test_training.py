@@ -27,7 +27,7 @@ KILLED_AT, KILLED_AGAIN_AT = 25, 45
 UNCHECKED = "data.check_signal=false"
 """Of halves one of which is noise, the linear maps agree on nothing."""
 
-FEW = ("data.first=3", "train.batch=2", "data.check_sign=false")
+FEW = ("data.check_signal=false", "data.first=3", "train.batch=2", "data.check_sign=false")
 """Fewer particles than ranks, so that some have none in a batch and one has none at all."""
 
 

@@ -8,7 +8,7 @@ import pytest
 from cryosplat import verdicts
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, fsc
-from cryosplat.metrics import append_holdout
+from cryosplat.metrics import append_holdout, write_volume_fit
 from cryosplat.records import Record, read_record
 from cryosplat.validation import choose_null_shell
 from cryosplat.verdicts import FAIL, INCONCLUSIVE, PASS
@@ -168,6 +168,20 @@ def held_out_run(folder, gain, trained, error=0.1):
 def test_overfitting_is_told_by_a_fall_or_a_gap(tmp_path, gain, trained, error, verdict):
     check = verdicts.judge_holdout(held_out_run(tmp_path, gain, trained, error), 0.05)
     assert check.verdict == verdict, check.found
+
+
+@pytest.mark.parametrize(("last", "verdict"), [(9.0, PASS), (7.0, FAIL)])
+def test_overfitting_in_the_volume_is_told_by_the_full_models_fall(tmp_path, last, verdict):
+    run = held_out_run(tmp_path, [5.0], [5.5], 0.1)
+    curves = {
+        "gain_full": [1, 20, 30],
+        "gain_full_held_out": [1.0, 10.0, last],
+        "gain_half_a_held_out": [1.0, 9.0, 3.0],
+    }
+    write_volume_fit(run.folder / "volume_fit.csv", curves)
+    check = verdicts.judge_holdout(run, 0.05)
+    assert check.verdict == verdict and check.numbers["fall_in_fit"] == pytest.approx(1 - last / 10)
+    assert "after step 1 of the fit" in " ".join(check.found) and len(check.panels) == 2
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,9 @@ def test_the_gain_of_a_fit_is_that_of_the_images_one_by_one(half_held_out):
     counts = [fitted_to.sum(), *(int((fitted_to & (state["half"].numpy() == h)).sum()) for h in (0, 1))]
     for name, count in zip(("full", "half_a", "half_b"), counts, strict=True):
         assert fit[f"gain_{name}"][-1] == pytest.approx(count * judged[f"trained_{name}"][0], rel=0.025), name
+        # Those held out are watched under every model, by the same form.
+        of_others = (~fitted_to).sum() * judged[f"gain_{name}"][0]
+        assert fit[f"gain_{name}_held_out"][-1] == pytest.approx(of_others, rel=0.025), name
     # Others are explained as well: nothing was overfitted.
     assert judged["gain_full"][0] == pytest.approx(judged["trained_full"][0], rel=0.15)
 
