@@ -67,7 +67,7 @@ class Calibrated:
 
         The curve is taken to fall: of all curves that never rise the one nearest to it, shells weighted by their
         errors. One that runs flat along 0.5, as with views that are missing, would else be said to cross it where
-        noise first makes it dip (benchmarks/quality.md: off by up to 18 %, and with this by up to 8 %).
+        noise first makes it dip (benchmarks/quality.md: 4 of 18 were off by more than 5 %; with this 2 are).
         """
         return None if self.last_shell < ALWAYS_CERTAIN else resolution(self._falling(), RESOLUTION_THRESHOLD_TRUTH)
 
