@@ -16,7 +16,8 @@ Errors are jackknife errors over sectors of Fourier space. Where <T, T> is not t
 can be said, and the curve ends.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.fft
@@ -67,9 +68,16 @@ class Calibrated:
 
         The curve is taken to fall: of all curves that never rise the one nearest to it, shells weighted by their
         errors. One that runs flat along 0.5, as with views that are missing, would else be said to cross it where
-        noise first makes it dip (benchmarks/quality.md: 4 of 18 were off by more than 5 %; with this 2 are).
+        noise first makes it dip (benchmarks/quality.md: 4 of 18 were off by more than 5 %; with this 2 are). Half the
+        way from there to here is part of the error.
         """
-        return None if self.last_shell < ALWAYS_CERTAIN else resolution(self._falling(), RESOLUTION_THRESHOLD_TRUTH)
+        if self.last_shell < ALWAYS_CERTAIN:
+            return None
+        found = resolution(self._falling(), RESOLUTION_THRESHOLD_TRUTH)
+        if found.error_a is None:
+            return found
+        dip = resolution(self.curve, RESOLUTION_THRESHOLD_TRUTH)
+        return replace(found, error_a=math.hypot(found.error_a, 0.5 * (dip.angstrom - found.angstrom)))
 
     def _falling(self) -> FscCurve:
         known = np.flatnonzero(np.isfinite(self.curve.fsc))

@@ -178,11 +178,14 @@ def test_a_curve_that_runs_flat_along_a_half_is_not_said_to_cross_it_where_noise
     """Seed by seed the first dip is up to a third too early; of the falling curve the mean is right."""
     shells = np.arange(65)
     true = np.clip(1.0 - shells / 110, 0, 1)  # crosses 0.5 at shell 55
-    first, falling = [], []
+    first, falling, errors = [], [], []
     for seed in range(40):
         noisy = true + 0.05 * np.random.default_rng(seed).normal(size=65)
         curve = FscCurve(noisy, 128, 1.0, np.full(65, 0.05))
         first.append(128 / resolution(curve, 0.5).angstrom)
-        falling.append(128 / Calibrated(curve, 64).resolution.angstrom)
+        found = Calibrated(curve, 64).resolution
+        falling.append(128 / found.angstrom)
+        errors.append((found.angstrom - 128 / 55) / found.error_a)
     assert np.mean(first) < 51 and np.min(first) < 47
     assert abs(np.mean(falling) - 55) < 1.5 and np.std(falling) < np.std(first)
+    assert 0.4 < np.std(errors) < 1.3  # and the error that is said is the error that there is
