@@ -59,7 +59,8 @@ CUTOFF = 3.5
 """Standard deviations drawn in a fit. Of a map, the error is 2e-3, far below the noise."""
 
 LARGEST_SCALE_PX = 3.0
-"""Greatest standard deviation in a fit: wider Gaussians cost the cube of their width and tell the least."""
+"""Greatest standard deviation in a fit, or twice that of its start: wider Gaussians cost the cube of their width and tell
+the least."""
 
 SCALE_RATE, QUATERNION_RATE, AMPLITUDE_RATE = 0.04, 0.04, 0.2
 """Adam's steps: of the logarithm of a scale, of a quaternion's entries, of an amplitude over its start. Positions have
@@ -308,11 +309,12 @@ def _descend(
     """Fit a mixture in place; gains in log likelihood before every step, of its own images and of those held out."""
     parameters, side = mixture.mixtures[0], form.side
     reach = (side / 2 - 1) / box
-    widest = max(LARGEST_SCALE_PX / box, 1.5 * _narrowest(mixture))
+    # Few Gaussians start wide, and may widen.
+    widest = max(LARGEST_SCALE_PX / box, 2 * float(mixture.scales().max()))
     bounds = mixture.raw_scale_range[0], min(mixture.raw_scale_range[1], inverse_softplus(widest))
     rates = torch.empty(NUMBERS, device=parameters.device)
     rates[MEAN], rates[SCALE] = volume.step_px / box, SCALE_RATE
-    rates[QUATERNION], rates[AMPLITUDE] = QUATERNION_RATE, AMPLITUDE_RATE * abs(_raw_rate(mixture))
+    rates[QUATERNION], rates[AMPLITUDE] = QUATERNION_RATE, AMPLITUDE_RATE * _raw_share(mixture)
     adam = ColumnAdam(parameters, rates, BETAS)
     _settle(parameters, bounds, reach)
     with torch.no_grad():
@@ -351,11 +353,6 @@ def _settle(parameters: Tensor, bounds: tuple[float, float], reach: float) -> No
     parameters[:, MEAN].clamp_(-reach, reach)
 
 
-def _narrowest(mixture: GaussianMixture) -> float:
-    return float(torch.nn.functional.softplus(torch.tensor(mixture.raw_scale_range[0])))
-
-
-def _raw_rate(mixture: GaussianMixture) -> float:
-    """Change of a raw amplitude that changes an equal share by itself."""
-    raw = mixture.raw_amplitude_of_equals(mixture.gaussians)
-    return raw if not mixture.positive else 1.0
+def _raw_share(mixture: GaussianMixture) -> float:
+    """By how much a raw amplitude changes while an equal share changes by itself."""
+    return 1.0 if mixture.positive else mixture.raw_amplitude_of_equals(mixture.gaussians)
