@@ -59,8 +59,8 @@ CUTOFF = 3.5
 """Standard deviations drawn in a fit. Of a map, the error is 2e-3, far below the noise."""
 
 LARGEST_SCALE_PX = 3.0
-"""Greatest standard deviation in a fit, or twice that of its start: wider Gaussians cost the cube of their width and tell
-the least."""
+"""Greatest standard deviation in a fit, or twice that of its start: wider Gaussians cost the cube of their width, and
+tell the least."""
 
 SCALE_RATE, QUATERNION_RATE, AMPLITUDE_RATE = 0.04, 0.04, 0.2
 """Adam's steps: of the logarithm of a scale, of a quaternion's entries, of an amplitude over its start. Positions have
@@ -310,7 +310,7 @@ def _descend(
     parameters, side = mixture.mixtures[0], form.side
     reach = (side / 2 - 1) / box
     # Few Gaussians start wide, and may widen.
-    widest = max(LARGEST_SCALE_PX / box, 2 * float(mixture.scales().max()))
+    widest = max(LARGEST_SCALE_PX / box, 2 * float(mixture.scales().detach().max()))
     bounds = mixture.raw_scale_range[0], min(mixture.raw_scale_range[1], inverse_softplus(widest))
     rates = torch.empty(NUMBERS, device=parameters.device)
     rates[MEAN], rates[SCALE] = volume.step_px / box, SCALE_RATE
