@@ -51,15 +51,22 @@ def in_volume(folder: Path, star: str, recipe: str) -> list[tuple[float, float, 
 def by_image(folder: Path, star: str, recipe: str) -> list[tuple[float, float, float]]:
     """The same by epoch, of one run."""
     seconds, run_dir = run(folder, star, f"recipe={recipe}")
-    lines = (run_dir / "run.log").read_text().splitlines()
-    found = [match.groups() for match in map(EPOCH.search, lines) if match]
+    return epochs_of(run_dir, seconds)
 
-    def clock(text: str) -> float:
+
+def epochs_of(run_dir: Path, seconds: float) -> list[tuple[float, float, float]]:
+    """Points of a run that took so many CPU seconds, told by the times in its log: CPU time passes evenly."""
+    found = [match.groups() for match in map(EPOCH.search, (run_dir / "run.log").read_text().splitlines()) if match]
+    pace = seconds / json.loads((run_dir / "summary.json").read_text())["wall_seconds"]
+
+    def clock(text: str) -> datetime.timedelta:
         return datetime.timedelta(**dict(zip(("hours", "minutes", "seconds"), map(int, text.split(":")), strict=True)))
 
-    # The last line is close to the end; earlier ones are as much before it as their times say.
     last = clock(found[-1][0])
-    return [(seconds - (last - clock(time)).total_seconds() % 86400, float(m), float(d)) for time, _, d, m in found]
+    before_end = [(last - clock(time)).total_seconds() % 86400 for time, *_ in found]
+    return [
+        (seconds - pace * before, float(m), float(d)) for before, (_, _, d, m) in zip(before_end, found, strict=True)
+    ]
 
 
 def linear(folder: Path, star: str) -> dict[str, tuple[float, float]]:
@@ -107,15 +114,18 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--set", choices=SETS, default="30s_even")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--recipes", nargs="+", choices=LABELS, default=list(LABELS), help="those to run (anew)")
     args = parser.parse_args()
     folder = make_set(args.work.resolve(), args.set, args.seed)
     star = f"particles_snr{SETS[args.set].snr}.star"
-    points = {"linear": linear(folder, star), "recipes": {}}
-    for recipe in LABELS:
+    file = args.work / "quality_against_time.json"
+    known = json.loads(file.read_text())["recipes"] if file.exists() else {}
+    points = {"linear": linear(folder, star), "recipes": known}
+    for recipe in args.recipes:
         measure = in_volume if recipe in STEPS else by_image
         points["recipes"][recipe] = measure(folder, star, recipe)
         print(recipe, points["recipes"][recipe], flush=True)
-    (args.work / "quality_against_time.json").write_text(json.dumps(points, indent=1))
+    file.write_text(json.dumps(points, indent=1))
     draw(points, args.work / "quality_against_time.png")
 
 
