@@ -1,7 +1,7 @@
 // Gradients by gathering: a group of 8 lanes owns a Gaussian and walks the layers (views of a batch, planes of a
-// volume) it is seen in. In each it sums the residual over its footprint, weighted with the Gaussian and the powers of the
-// offset: the six moments of math.h, which all gradients are linear in. Nothing is added in memory; sums run in a fixed
-// order, so the result is the same on every run.
+// volume) it is seen in. In each it sums the residual over its footprint, weighted with the Gaussian and the powers of
+// the offset: the six moments of math.h, which all gradients are linear in. Nothing is added in memory; sums run in a
+// fixed order, so the result is the same on every run.
 //
 // 8 layers are taken at a time: lane i prepares layer i, all lanes walk one layer after another, and lane i gets the
 // moments of layer i for the chain rule.
