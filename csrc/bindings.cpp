@@ -135,12 +135,16 @@ void bind_cuda(py::module_&& module) {
 
 void bind_cuda_half(py::module_& module) {
   module.attr("cuda_architectures") = CRYOSPLAT_CUDA_ARCHITECTURES;
+  module.attr("cuda_version") = CRYOSPLAT_CUDA_VERSION;
   py::module_ cuda = module.def_submodule("cuda", "kernels on NVIDIA GPUs");
   bind_cuda<float>(cuda.def_submodule("float32", "kernels in single precision"));
   bind_cuda<double>(cuda.def_submodule("float64", "kernels in double precision"));
 }
 #else
-void bind_cuda_half(py::module_& module) { module.attr("cuda_architectures") = ""; }
+void bind_cuda_half(py::module_& module) {
+  module.attr("cuda_architectures") = "";
+  module.attr("cuda_version") = "";
+}
 #endif
 
 }  // namespace
