@@ -157,13 +157,13 @@ def test_the_cuda_half_loads_and_answers_without_a_driver(cuda_tree):
     version = re.search(r"release ([\d.]+)", run(NVCC, "--version", cwd=cuda_tree).stdout)[1]
     assert done.stdout.split() == [version, "75", "90", "True"], done.stderr
     # No views: nothing to launch, so no driver is asked for.
-    nothing = in_core(cuda_tree, "print(core.cuda.float32.insert(1, 0, 4, 4, 0, 0, 0, 0, 0, 0, True, 0))")
+    nothing = in_core(cuda_tree, "print(core.cuda.float32.insert(1, 0, 4, 4, 0, 0, 0, 0, 0, 0, True, 0, 0))")
     assert nothing.stdout.strip() == "None", nothing.stderr
 
 
 @needs_nvcc
 def test_a_launch_that_fails_says_why(cuda_tree):
-    code = "core.cuda.float32.insert(1, 1, 4, 4, 0, 0, 0, 0, 0, 0, True, 0)"
+    code = "core.cuda.float32.insert(1, 1, 4, 4, 0, 0, 0, 0, 0, 0, True, 0, 0)"
     message = in_core(cuda_tree, code, CUDA_VISIBLE_DEVICES="").stderr
     assert "RuntimeError: insertion did not start on the GPU: " in message
     assert re.search("driver|device", message.splitlines()[-1])
