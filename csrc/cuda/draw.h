@@ -2,11 +2,11 @@
 // result is the same on every run.
 //
 // A layer (the image of a view, the plane of a volume) is cut into regions of 32 x 32 pixels, a block each, and these
-// into tiles of 8 x 8, a warp each. Which Gaussians reach a region is a row of bits, a bit a Gaussian, which the kernels
-// that prepare footprints write by ballots: no sorting, no counting, a size that is known beforehand, and an order that
-// is kept. The block takes up to `chunk` set bits at a time, stages their footprints in shared memory, and each warp
-// picks those of its tile. Four groups of 8 lanes, a lane a column, then take a Gaussian each, with the tile's rows in
-// registers; the groups' sums are added at the end.
+// into tiles of 8 x 8, a warp each. Which Gaussians reach a region is a row of bits, a bit a Gaussian, which the
+// kernels that prepare footprints write by ballots: no sorting, no counting, a size that is known beforehand, and an
+// order that is kept. The block takes up to `chunk` set bits at a time, stages their footprints in shared memory, and
+// each warp picks those of its tile. Four groups of 8 lanes, a lane a column, then take a Gaussian each, with the
+// tile's rows in registers; the groups' sums are added at the end.
 #pragma once
 
 #include "footprint.h"

@@ -1,7 +1,7 @@
-// Gradients by gathering: a group of 8 lanes owns a Gaussian and walks the layers (views of a batch, planes of a volume)
-// it is seen in. In each it sums the residual over its footprint, weighted with the Gaussian and the powers of the
-// offset: the six moments of math.h, which all gradients are linear in. Nothing is added in memory; sums run in a fixed
-// order, so the result is the same on every run.
+// Gradients by gathering: a group of 8 lanes owns a Gaussian and walks the layers (views of a batch, planes of a
+// volume) it is seen in. In each it sums the residual over its footprint, weighted with the Gaussian and the powers of
+// the offset: the six moments of math.h, which all gradients are linear in. Nothing is added in memory; sums run in a
+// fixed order, so the result is the same on every run.
 //
 // 8 layers are taken at a time: lane i prepares layer i, all lanes walk one layer after another, and lane i gets the
 // moments of layer i for the chain rule.
@@ -141,7 +141,7 @@ __device__ Moments2<T> walk_layers(const Walk<T> (*walks)[group_lanes], int laye
 // Walks all layers of a group's Gaussian. `layers` has
 //   count                      how many
 //   footprint(i), residual(i)  in layer i, and the first pixel of that layer
-//   add(is_there, i, footprint, moments)   called by all lanes of a warp together, each with a layer of its own, or none
+//   add(is_there, i, footprint, moments)   called by all lanes of a warp together, each with its own layer, or none
 template <class T, class Layers>
 __device__ void gather(Layers& layers, int box, T mildest) {
   __shared__ GatherMemory<T> memory;

@@ -1,5 +1,5 @@
-// voxelise on GPUs: each plane of constant z sees a 2D Gaussian (the conditional one), so pixels and gradients are summed
-// as in splat, planes in place of views.
+// voxelise on GPUs: each plane of constant z sees a 2D Gaussian (the conditional one), so pixels and gradients are
+// summed as in splat, planes in place of views.
 #include "../splat.h"
 
 #include "draw.h"
@@ -38,8 +38,8 @@ __device__ Pair<T> offset(const Split<T>& from, T away) {
   return plus(Pair<T>{from.whole, T(0)}, from.rest + away);
 }
 
-// A Gaussian ready to be cut by planes. In the plane dz from its mean its section has the mean slope * dz, and the height
-// times exp(-1/2 inverse_variance dz^2); the rest is a Footprint's. Degenerate ones have a height of NaN.
+// A Gaussian ready to be cut by planes. In the plane dz from its mean its section has the mean slope * dz, and the
+// height times exp(-1/2 inverse_variance dz^2); the rest is a Footprint's. Degenerate ones have a height of NaN.
 template <class T>
 struct alignas(16) Solid {
   Split<T> x, y, z;
