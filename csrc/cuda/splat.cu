@@ -209,7 +209,7 @@ inline Division divide(const SplatShape& shape) {
 // Sums over the views of a chunk (chunks, M, G, parameters), or the gradients themselves where there is one chunk; and
 // sums of poses (V, blocks x warps, pose_numbers). Blocks: Gaussians, then models, then chunks.
 template <class T, bool poses>
-__global__ void __launch_bounds__(gather_threads, poses ? gather_blocks_with_poses<T> : gather_blocks<T>)
+__global__ void __launch_bounds__(gather_threads, (poses ? gather_blocks_with_poses<T> : gather_blocks<T>))
     splat_gather(SplatShape shape, SplatInputs<T> in, Division division, const Footprint<T>* __restrict__ footprints,
                  T mildest, const T* __restrict__ grad_images, SplatGradients<T> out, T* __restrict__ of_chunks,
                  T* __restrict__ of_poses) {
