@@ -54,7 +54,7 @@ struct AxisBits {
   unsigned of_region[most_regions_along][words_in_block];
 
   __device__ void set(Range range, int regions) {
-    const int lane = int(threadIdx.x) % warp_lanes, warp = int(threadIdx.x) / warp_lanes;
+    const int lane = lane_of_warp(), warp = warp_of_block();
     for (int region = 0; region < regions; ++region) {
       const bool reaches = range.first < (region + 1) * region_side && range.last >= region * region_side;
       const unsigned word = __ballot_sync(all_lanes, reaches && !is_empty(range));
@@ -142,7 +142,7 @@ struct Before {
 };
 
 __device__ inline Before count_before(int count, int* of_warps) {
-  const int lane = int(threadIdx.x) % warp_lanes, warp = int(threadIdx.x) / warp_lanes;
+  const int lane = lane_of_warp(), warp = warp_of_block();
   int inclusive = count;
 #pragma unroll
   for (int step = 1; step < warp_lanes; step *= 2) {
@@ -163,7 +163,7 @@ __device__ inline Before count_before(int count, int* of_warps) {
 // The footprints of a chunk that a tile meets, in order. Returns their number; `mine` receives their places.
 template <class T>
 __device__ int pick(const StagedFootprints<T>& staged, int count, int x, int y, unsigned char* mine) {
-  const int lane = int(threadIdx.x) % warp_lanes;
+  const int lane = lane_of_warp();
   int picked = 0;
   #pragma unroll 1
   for (int first = 0; first < count; first += warp_lanes) {
@@ -186,8 +186,7 @@ __device__ void draw_region(const Source& footprint_of, const Bits& bits, Index 
   __shared__ int entries[chunk];
   __shared__ int of_warps[tiles_in_region];
   __shared__ unsigned char picked[tiles_in_region][chunk];
-  const int thread = int(threadIdx.x), lane = thread % warp_lanes, warp = thread / warp_lanes;
-  const int column = lane % group_lanes, group = lane / group_lanes;
+  const int thread = int(threadIdx.x), warp = warp_of_block(), column = lane_of_group(), group = group_of_warp();
   const int tile_x = region % bits.regions_along * region_side + warp % tiles_along * tile_side;
   const int tile_y = region / bits.regions_along * region_side + warp / tiles_along * tile_side;
   const unsigned* row = bits.words + bits.row(bits_layer, region);
