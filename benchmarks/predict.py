@@ -78,7 +78,7 @@ def count(gaussians: int, box: int, views: int) -> dict[str, float]:
 def predict(gaussians: int, box: int, views: int) -> dict[str, dict[str, float]]:
     """Instructions of warps, bytes and microseconds a view of each kernel."""
     n = count(gaussians, box, views)
-    regions = -(-box // REGION) ** 2
+    regions = -((-box // REGION) ** 2)
     bits = views * regions * -(-gaussians // 256) * 32
     pixels = 4 * views * box**2
     work = {

@@ -99,8 +99,9 @@ __global__ void __launch_bounds__(draw_threads, draw_blocks<T>)
     splat_draw(Index gaussians, int box, const Footprint<T>* __restrict__ footprints, Bits bits, T mildest,
                T* __restrict__ images) {
   const Index regions = Index(bits.regions_along) * bits.regions_along, view = blockIdx.x / regions;
-  const auto footprint_of = [=](Index layer, int g) { return footprints[layer * gaussians + g]; };
-  draw_region(footprint_of, bits, view, view, int(blockIdx.x % regions), box, mildest, images);
+  const Footprint<T>* of_view = footprints + view * gaussians;
+  const auto footprint_of = [=](int g) { return of_view[g]; };
+  draw_region<2>(footprint_of, bits, view, view, int(blockIdx.x % regions), box, mildest, images);
 }
 
 // The views of one model in a chunk of them, in order: a block's.

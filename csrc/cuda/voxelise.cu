@@ -161,12 +161,15 @@ __global__ void __launch_bounds__(draw_threads, draw_blocks<T>)
     voxelise_draw(Index gaussians, int box, const Solid<T>* __restrict__ solids, Bits bits, T mildest,
                   T* __restrict__ volumes) {
   const Index regions = Index(bits.regions_along) * bits.regions_along, layer = blockIdx.x / regions;
-  const Index model = layer / box, slab = layer % box / slab_planes;
-  const auto footprint_of = [=](Index layer, int g) {
+  const Index model = layer / box;
+  const int plane = int(layer % box);
+  const Solid<T>* of_model = solids + model * gaussians;
+  const auto footprint_of = [=](int g) {
     T dz;
-    return cut(solids[layer / box * gaussians + g], int(layer % box), box, &dz);
+    return cut(of_model[g], plane, box, &dz);
   };
-  draw_region(footprint_of, bits, layer, model * pieces(box, slab_planes) + slab, int(blockIdx.x % regions), box,
+  // One column a lane: cutting the sections takes the registers that a second would need.
+  draw_region<1>(footprint_of, bits, layer, model * pieces(box, slab_planes) + plane / slab_planes, int(blockIdx.x % regions), box,
               mildest, volumes);
 }
 
