@@ -19,20 +19,21 @@ MULTIPROCESSORS, SCHEDULERS, CLOCK_GHZ, COPY_TB_S = 132, 4, 1.755, 3.35
 REGISTERS, SHARED_BYTES, MOST_WARPS = 65536, 228 * 1024, 64
 """Of a multiprocessor of sm_90."""
 
-TILE, REGION, GROUP_LANES, ROWS_AT_ONCE, LAYERS_AT_ONCE = 8, 32, 8, 4, 8
-"""Of csrc/cuda/draw.h, gather.h and warp.h."""
+TILE, REGION, TOGETHER, COLUMNS_AT_ONCE, ROWS_AT_ONCE, LAYERS_AT_ONCE = 8, 32, 8, 16, 2, 4
+"""Of csrc/cuda/draw.h and gather.h: sides of tiles and regions; Gaussians that a warp draws, or gathers for, at a time;
+columns and rows that a group of lanes walks at a time; layers that it prepares at a time."""
 
 # Instructions of a warp, counted in what nvdisasm shows for sm_90 (CUDA 13.0, 2026-11-24), paths that are seldom taken
 # left out.
 PREPARE = 330  # 32 Gaussians of a view: project, ballots, bits
-DRAW_HITS = 66  # four Gaussians on a tile
+DRAW_HITS = 118  # eight Gaussians on a tile
 DRAW_PICK = 24  # 32 staged footprints looked at for a tile
-GATHER_ROWS = 61  # four Gaussians, 8 columns, 4 rows
-GATHER_COLUMNS = 36  # four Gaussians, 8 columns: what precedes and follows the rows
-GATHER_LAYER = 117  # four Gaussians in a view: exchanges, sums
-GATHER_LAYERS = 225  # the same in 8 views: footprints, chain rule
+GATHER_ROWS = 72  # eight Gaussians, 16 columns, 2 rows
+GATHER_COLUMNS = 127  # eight Gaussians, 16 columns: what precedes and follows the rows
+GATHER_LAYER = 117  # eight Gaussians in a view: exchanges, sums
+GATHER_LAYERS = 265  # the same in 4 views: footprints, chain rule
 
-KERNELS = {"prepare_views<float>": 256, "splat_draw<float>": 512, "splat_gather<float, false>": 256}
+KERNELS = {"prepare_views<float>": 256, "splat_draw<float>": 512, "splat_gather<float, false, true>": 256}
 """Threads of a block."""
 
 
@@ -54,24 +55,28 @@ def count(gaussians: int, box: int, views: int) -> dict[str, float]:
     seen = (size > 0).all(-1)
     size = size * seen[..., None]
 
+    interactions = float(size.prod(-1).sum())
+
     def met(side: int) -> float:
         return float(((last // side - first // side + 1).prod(-1) * seen).sum())
 
-    # Four Gaussians of a warp walk together: as long as the one with most rows, in each piece of 8 columns.
-    whole = gaussians // 4 * 4
-    pieces = (-(-size[:, :whole] // torch.tensor([GROUP_LANES, ROWS_AT_ONCE]))).unflatten(1, (-1, 4))
+    # Gaussians of a warp walk together: as long as the one with most rows, in each piece of columns. Columns are
+    # counted from a multiple of four on.
+    whole = gaussians // TOGETHER * TOGETHER
+    size[..., 0] += first[..., 0] % 4 * (size[..., 0] > 0)
+    pieces = (-(-size[:, :whole] // torch.tensor([COLUMNS_AT_ONCE, ROWS_AT_ONCE]))).unflatten(1, (-1, TOGETHER))
     columns, rows = pieces.unbind(-1)
     walked = sum(
         torch.where(columns > piece, rows, 0).amax(-1).sum() for piece in range(int(columns.max()) if whole else 0)
     )
     return {
         "pairs": float(gaussians * views),
-        "interactions": float(size.prod(-1).sum()),
+        "interactions": interactions,
         "tiles": met(TILE),
         "regions": met(REGION),
         "row_pieces": float(walked),
         "column_pieces": float(columns.amax(-1).sum()),
-        "layers": gaussians / 4 * views,
+        "layers": gaussians / TOGETHER * views,
     }
 
 
@@ -84,7 +89,7 @@ def predict(gaussians: int, box: int, views: int) -> dict[str, dict[str, float]]
     work = {
         "prepare_views": (n["pairs"] / 32 * PREPARE, 32 * n["pairs"] + bits),
         "splat_draw": (
-            n["tiles"] / 4 * DRAW_HITS + n["regions"] * 16 / 32 * DRAW_PICK,
+            n["tiles"] / TOGETHER * DRAW_HITS + n["regions"] * 16 / 32 * DRAW_PICK,
             32 * n["pairs"] + bits + pixels,
         ),
         "splat_gather": (

@@ -1,9 +1,9 @@
-// Gradients by gathering: a group of 8 lanes owns a Gaussian and walks the layers (views of a batch, planes of a
+// Gradients by gathering: a group of 4 lanes owns a Gaussian and walks the layers (views of a batch, planes of a
 // volume) it is seen in. In each it sums the residual over its footprint, weighted with the Gaussian and the powers of
 // the offset: the six moments of math.h, which all gradients are linear in. Nothing is added in memory; sums run in a
 // fixed order, so the result is the same on every run.
 //
-// 8 layers are taken at a time: lane i prepares layer i, all lanes walk one layer after another, and lane i gets the
+// 4 layers are taken at a time: lane i prepares layer i, all lanes walk one layer after another, and lane i gets the
 // moments of layer i for the chain rule.
 #pragma once
 
@@ -15,6 +15,7 @@ namespace cuda {
 namespace {
 
 using device::Moments2;
+using device::PlanarGradient;
 
 constexpr int gather_threads = 256, groups_in_block = gather_threads / group_lanes;
 
@@ -22,14 +23,16 @@ constexpr int gather_threads = 256, groups_in_block = gather_threads / group_lan
 template <class T, bool poses, bool is_aligned>
 constexpr int gather_blocks = sizeof(T) == 8 ? 1 : poses || !is_aligned ? 2 : 3;
 
-// A footprint of more pixels is walked by the whole warp, for its groups in turn, lest one lane in four works.
+// A footprint of more pixels is walked by the whole warp, for its groups in turn, lest one lane in eight works.
 constexpr int wide_pixels = 2048;
 
-// Pixels of a row that a lane takes at a time, and of a group's lanes how many share a row; the others take the next.
-constexpr int quad = 4, quad_lanes = 4;
+// Pixels of a row that a lane takes at a time, and lanes that share a row. In a whole warp the others take the next.
+constexpr int quad = 4, quad_lanes = group_lanes;
 
-// Rows that a lane loads before it uses the first: memory answers in some 300 cycles.
-constexpr int rows_at_once = 2;
+// Rows that a lane loads before it uses the first: memory answers in some 300 cycles. One of steep Gaussians, whose
+// offsets take the registers.
+template <bool steep>
+constexpr int rows_at_once = steep ? 1 : 2;
 
 template <class T>
 struct alignas(16) Quad {
@@ -61,7 +64,10 @@ struct Walk {
         is_wide(is_seen && height * (last + 1) > wide_pixels) {}
 };
 
-// Moments of columns x, x + 1, x + 2, x + 3 about x, and of rows about the mean.
+// The moments are those of dx and e = dy + slope dx, in which the Gaussian's axes are at right angles: about dx and dy a
+// thin tilted one would lose all its digits to cancellation. What Moments2 calls y is e here.
+//
+// Sums over columns x, x + 1, x + 2, x + 3, about x; `y` of dy or of e.
 template <class T>
 struct QuadSums {
   T one, x, xx, y, xy, yy;
@@ -75,6 +81,19 @@ struct QuadSums {
     y += by_y;
     xy += dy * by_x;
     yy += dy * by_y;
+  }
+
+  __device__ void add(const T (&w)[quad], const T (&e)[quad]) {
+    one += (w[0] + w[1]) + (w[2] + w[3]);
+    x += w[1] + 2 * w[2] + 3 * w[3];
+    xx += w[1] + 4 * w[2] + 9 * w[3];
+#pragma unroll
+    for (int k = 0; k < quad; ++k) {
+      const T by_e = w[k] * e[k];
+      y += by_e;
+      xy += T(k) * by_e;
+      yy += by_e * e[k];
+    }
   }
 };
 
@@ -109,33 +128,38 @@ __device__ void start_columns(const Walk<T>& walk, int column, T dx, T dy, T row
 // Rows row, row + rows, ... of four columns.
 template <bool is_aligned, bool steep, class T>
 __device__ QuadSums<T> walk_quad(const Walk<T>& walk, int column, int row, int rows, int stride) {
-  static_assert(rows_per_restart % rows_at_once == 0, "restarts fall between loads");
+  constexpr int at_once = rows_at_once<steep>;
+  static_assert(rows_per_restart % at_once == 0, "restarts fall between loads");
   QuadSums<T> sums = {};
   const T dx = T(column) - walk.mean_x, between = T(rows), decay = exp2_of(-2 * walk.scaled_yy * between * between);
   T dy = T(row) - walk.mean_y;
   while (row < walk.height) {
     Column<T> columns[quad];
     start_columns(walk, column, dx, dy, between, columns);
-    for (int step = 0; step < rows_per_restart && row < walk.height; step += rows_at_once) {
-      Quad<T> loaded[rows_at_once];
+    for (int step = 0; step < rows_per_restart && row < walk.height; step += at_once) {
+      Quad<T> loaded[at_once];
 #pragma unroll
-      for (int k = 0; k < rows_at_once; ++k, row += rows) {
+      for (int k = 0; k < at_once; ++k, row += rows) {
         loaded[k] = {};
         if (row < walk.height) loaded[k] = load_quad<is_aligned>(walk, column, row, stride);
       }
 #pragma unroll
-      for (int k = 0; k < rows_at_once; ++k, dy += between) {
+      for (int k = 0; k < at_once; ++k, dy += between) {
         if (steep && step + k > 0) start_columns(walk, column, dx, dy, between, columns);
-        T w[quad];
+        T w[quad], e[quad];
 #pragma unroll
         for (int i = 0; i < quad; ++i) {
           w[i] = loaded[k].pixels[i] * columns[i].g;  // g is finite beyond the last row too: it only falls there
+          e[i] = dy + walk.slope * (dx + i);
           if constexpr (!steep) {
             columns[i].g *= columns[i].r;
             columns[i].r *= decay;
           }
         }
-        sums.add(w, dy);
+        if constexpr (steep)
+          sums.add(w, e);
+        else
+          sums.add(w, dy);
       }
     }
   }
@@ -149,24 +173,25 @@ __device__ void walk_footprint(const Walk<T> walk, int lane, int lanes, int stri
   for (int column = lane % quad_lanes * quad; column <= walk.last; column += quad_lanes * quad) {
     const QuadSums<T> s = walk.steep ? walk_quad<is_aligned, true>(walk, column, row, rows, stride)
                                      : walk_quad<is_aligned, false>(walk, column, row, rows, stride);
-    const T dx = T(column) - walk.mean_x;
+    const T dx = T(column) - walk.mean_x, tilt = walk.steep ? T(0) : walk.slope;  // e has its slope already
+    const T x = dx * s.one + s.x, xx = dx * (dx * s.one + 2 * s.x) + s.xx, xy = dx * s.y + s.xy;
     moments->one += s.one;
-    moments->x += dx * s.one + s.x;
-    moments->xx += dx * (dx * s.one + 2 * s.x) + s.xx;
-    moments->y += s.y;
-    moments->xy += dx * s.y + s.xy;
-    moments->yy += s.yy;
+    moments->x += x;
+    moments->xx += xx;
+    moments->y += s.y + tilt * x;
+    moments->xy += xy + tilt * xx;
+    moments->yy += s.yy + tilt * (2 * xy + tilt * xx);
   }
 }
 
 // What a block keeps of its Gaussians: ten sums a lane, whatever they are of. In shared memory, since they are needed
-// once in 8 layers and registers are what limits the number of warps.
+// once in 4 layers and registers are what limits the number of warps.
 constexpr int sums_in_lane = 10;
 
 template <class T>
 struct GatherMemory {
   Walk<T> walks[groups_in_block][group_lanes];
-  T moments[groups_in_block][group_lanes][6];
+  Two<T> moments[groups_in_block][group_lanes][3];
   T sums[sums_in_lane][gather_threads];
 
   __device__ void clear() {
@@ -177,7 +202,7 @@ struct GatherMemory {
   __device__ T total(int k) const { return sum_of_group(sums[k][threadIdx.x]); }
 };
 
-// Moments of a warp's four groups over one layer each, every lane its own part of them.
+// Moments of a warp's groups over one layer each, every lane its own part of them.
 template <bool is_aligned, class T>
 __device__ Moments2<T> walk_layers(const Walk<T> (*walks)[group_lanes], int layer, bool is_there, int stride) {
   const Walk<T>& mine = walks[group_of_warp()][layer];
@@ -215,15 +240,26 @@ __device__ void gather(const Layers& layers, int box, T mildest, GatherMemory<T>
     __syncwarp();
     for (int i = 0; i < group_lanes && __any_sync(all_lanes, first + i < layers.count); ++i) {
       const Moments2<T> part = walk_layers<is_aligned>(memory.walks + first_group, i, first + i < layers.count, box);
-      const T values[group_lanes] = {part.one, part.x, part.y, part.xx, part.xy, part.yy, T(0), T(0)};
-      const T total = transposed_sum_of_group(values, lane);
-      if (lane < 6) memory.moments[group][i][lane] = total;
+      const T values[2 * group_lanes] = {part.one, part.x, part.y, part.xx, part.xy, part.yy, T(0), T(0)};
+      const Two<T> total = transposed_sum_of_group(values);
+      if (lane < 3) memory.moments[group][i][lane] = total;
     }
     __syncwarp();
-    const T* m = memory.moments[group][lane];
-    layers.add(is_there, first + lane, Moments2<T>{m[0], m[1], m[2], m[3], m[4], m[5]}, memory);
+    const Two<T>* m = memory.moments[group][lane];
+    const Moments2<T> moments = {m[0].first, m[0].second, m[1].first, m[1].second, m[2].first, m[2].second};
+    layers.add(is_there, first + lane, moments, memory);
     __syncwarp();
   }
+}
+
+// Gradients from moments of dx and e, where the inverse covariance is diagonal; see math.h's planar_gradient. With
+// T = (1 0; slope 1) the way back is T^T g and T^T H T.
+template <class T>
+__device__ PlanarGradient<T> gradient_of_moments(const Moments2<T>& m, T inverse_xx, T slope, T p_yy, T amplitude) {
+  const T x = amplitude * inverse_xx * m.x, e = amplitude * p_yy * m.y, half = amplitude / 2;
+  const T h_xx = half * inverse_xx * (inverse_xx * m.xx - m.one), h_xe = half * inverse_xx * p_yy * m.xy,
+          h_ee = half * p_yy * (p_yy * m.yy - m.one);
+  return {m.one, {x + slope * e, e}, {h_xx + slope * (2 * h_xe + slope * h_ee), h_xe + slope * h_ee, h_ee}};
 }
 
 // Whether every row of layers (.., D, D) begins where vectors can be loaded from.

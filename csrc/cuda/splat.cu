@@ -10,8 +10,6 @@ namespace cuda {
 
 namespace {
 
-using device::planar_gradient;
-using device::PlanarGradient;
 using device::ViewRows;
 
 // Numbers of a Gaussian: mean (3), covariance (6), amplitude. Of a pose: two rows of the rotation, shift.
@@ -172,9 +170,9 @@ struct Views {
     const Index at = model * shape.gaussians + g;
     // The peak of unit amplitude; NaN for a degenerate Gaussian, whose height is.
     const T peak = sqrt(f.inverse_xx * f.p_yy) * T(1 / device::two_pi) + (f.height - f.height);
-    const Symmetric2<T> p = {f.inverse_xx + f.slope * f.slope * f.p_yy, f.slope * f.p_yy, f.p_yy};
-    const PlanarGradient<T> gradient = planar_gradient(
-        Moments2<T>{peak * m.one, peak * m.x, peak * m.y, peak * m.xx, peak * m.xy, peak * m.yy}, p, in.amplitudes[at]);
+    const PlanarGradient<T> gradient = gradient_of_moments(
+        Moments2<T>{peak * m.one, peak * m.x, peak * m.y, peak * m.xx, peak * m.xy, peak * m.yy}, f.inverse_xx, f.slope,
+        f.p_yy, in.amplitudes[at]);
     const Vector3<T> mean = mean_gradient(gradient, rows);
     const Symmetric3<T> s = covariance_gradient(gradient, rows);
     const T all[parameters] = {mean.x, mean.y, mean.z, s.xx, s.xy, s.xz, s.yy, s.yz, s.zz, gradient.amplitude};
@@ -268,11 +266,11 @@ __global__ void __launch_bounds__(warp_lanes)
     sum_poses(Index warps, const T* __restrict__ of_poses, T* __restrict__ rotations, T* __restrict__ shifts) {
   const Index view = blockIdx.x;
   const int lane = int(threadIdx.x), number = lane % pose_numbers;
-  static_assert(pose_numbers == group_lanes, "a lane of each group for a number");
   T sum = 0;
-  for (Index warp = lane / pose_numbers; warp < warps; warp += groups_in_warp)
+  for (Index warp = lane / pose_numbers; warp < warps; warp += warp_lanes / pose_numbers)
     sum += of_poses[(view * warps + warp) * pose_numbers + number];
-  sum = sum_over_groups(sum);
+#pragma unroll
+  for (int step = pose_numbers; step < warp_lanes; step *= 2) sum += __shfl_xor_sync(all_lanes, sum, step);
   if (lane < 6) rotations[9 * view + lane] = sum;
   if (lane == 6 || lane == 7) shifts[2 * view + lane - 6] = sum;
   if (lane >= 8 && lane < 11) rotations[9 * view + lane - 2] = 0;  // the third row

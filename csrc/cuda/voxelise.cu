@@ -224,9 +224,11 @@ __global__ void __launch_bounds__(gather_threads, (gather_blocks<T, false, is_al
   if (!is_gaussian || lane_of_group() != 0) return;
   Conditional<T> k;
   k.slope = {solid.slope_x, solid.slope_y};
-  k.p = {solid.inverse_xx + solid.slope * solid.slope * solid.p_yy, solid.slope * solid.p_yy, solid.p_yy};
   k.inverse_variance = solid.inverse_variance;
-  const SolidGradient<T> gradient = solid_gradient(m, k, in.amplitudes[at]);
+  const T amplitude = in.amplitudes[at], along_e = amplitude * solid.p_yy * m.planar_z.y;
+  const SolidGradient<T> gradient = solid_gradient(
+      gradient_of_moments(m.planar, solid.inverse_xx, solid.slope, solid.p_yy, amplitude),
+      Vector2<T>{amplitude * solid.inverse_xx * m.planar_z.x + solid.slope * along_e, along_e}, m, k, amplitude);
   // A degenerate Gaussian that no plane showed, or whose numbers cancel it, is one all the same.
   const T poison = solid.height - solid.height;
   T* mean = out.means + 3 * at;
