@@ -7,8 +7,9 @@ or of a residual is ever stored; here on the CPU it is written in PyTorch.
 import torch
 from torch import Tensor
 
+from cryosplat import cudaops
 from cryosplat.batches import Batch
-from cryosplat.ctf import ctf_image
+from cryosplat.ctf import RELATIVISTIC_PER_VOLT, WAVELENGTH_NUMERATOR_A, ctf_image
 
 
 def half_spectra(images: Tensor) -> Tensor:
@@ -96,6 +97,13 @@ def _spectral_residual(
 
 def _power(spectra: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.view_as_real(spectra), dim=(-3, -2, -1)).square()
+
+
+@_spectral_residual.register_kernel("cuda")
+def on_gpu(spectra, stored, rows, gain, ctf, half, whitening, box, pixel_size_a, adjoint):
+    """The same by the kernel, which leaves f (f X - w Y) whether it is asked for or not."""
+    constants = WAVELENGTH_NUMERATOR_A, RELATIVISTIC_PER_VOLT, pixel_size_a
+    return cudaops.spectral_residual(spectra, stored, rows, gain, ctf, half, whitening, box, constants)
 
 
 @_spectral_residual.register_fake

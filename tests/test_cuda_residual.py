@@ -1,47 +1,15 @@
 """The spectral residual on GPUs: its source run on the host, thread by thread, against the formula in float64."""
 
-import ctypes
-import subprocess
-from pathlib import Path
-
+import hostcuda
 import numpy as np
 import pytest
 import torch
+from backends import needs_gpu
 
+from cryosplat import spectral
 from cryosplat.ctf import RELATIVISTIC_PER_VOLT, WAVELENGTH_NUMERATOR_A, ctf_image
 
-ROOT = Path(__file__).resolve().parents[1]
 PIXEL_SIZE_A = 1.1
-
-HOST_SOURCE = """
-inline float sinpif(float x) { return float(std::sin(M_PI * double(x))); }
-
-#include "cuda/residual.cu"
-
-using namespace cryosplat;
-
-template <class Number>
-const char* residual(const std::int64_t* shape, const double* constants, const void* const* in, float* spectra,
-                     float* losses, void* workspace, bool backwards) {
-  shim::backwards = backwards;
-  return cuda::residual<Number>({shape[0], shape[1], shape[2]},
-                                {static_cast<const Number*>(in[0]), static_cast<const std::int64_t*>(in[1]),
-                                 static_cast<const float*>(in[2]), static_cast<const float*>(in[3]),
-                                 static_cast<const std::int64_t*>(in[4]), static_cast<const float*>(in[5]),
-                                 {constants[0], constants[1], constants[2]}},
-                                spectra, losses, workspace, {0, nullptr});
-}
-
-extern "C" std::int64_t residual_bytes(const std::int64_t* s) { return cuda::residual_bytes({s[0], s[1], s[2]}); }
-extern "C" const char* residual_float16(const std::int64_t* s, const double* c, const void* const* in, float* x,
-                                        float* l, void* w, bool b) {
-  return residual<Half>(s, c, in, x, l, w, b);
-}
-extern "C" const char* residual_float32(const std::int64_t* s, const double* c, const void* const* in, float* x,
-                                        float* l, void* w, bool b) {
-  return residual<float>(s, c, in, x, l, w, b);
-}
-"""
 
 PRECISIONS = ("float16", "float32")
 SIZES = [(box, models) for box in (1, 2, 7, 16, 30, 34, 64) for models in (1, 2)]
@@ -49,19 +17,8 @@ WAYS = [pytest.param(ctf, white, id=f"{ctf=}-{white=}") for ctf in (True, False)
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory) -> ctypes.CDLL:
-    """csrc/cuda/residual.cu, unchanged, behind a shim that runs blocks and threads in turns."""
-    folder = tmp_path_factory.mktemp("host")
-    source, library = folder / "host.cpp", folder / "host.so"
-    source.write_text(HOST_SOURCE)
-    flags = "-std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -Werror -fPIC -shared -include cuda_host_shim.h".split()
-    command = ["g++", *flags, f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(library))
-    library.residual_float16.restype = library.residual_float32.restype = ctypes.c_char_p
-    library.residual_bytes.restype = ctypes.c_int64
-    return library
+def host():
+    return hostcuda.load()
 
 
 class Case:
@@ -73,7 +30,7 @@ class Case:
         self.box, self.models, self.particles, self.precision = box, models, particles, precision
         self.spectra = random.normal(size=(models, particles, *size, 2)).astype(np.float32)
         self.images = random.normal(size=(held, *size, 2)).astype(precision)
-        self.rows = random.permutation(held)[:particles]
+        self.rows = random.permutation(held)[:particles].copy()
         self.gain = random.uniform(0.5, 2, particles).astype(np.float32)
         defocus = random.uniform(5000, 30000, (particles, 1))
         others = random.uniform([0, 100, 0, 0, 0], [np.pi, 300, 2.7, 0.2, np.pi], (particles, 5))
@@ -99,7 +56,7 @@ class Case:
         return weights * ctf * residual, (mates * np.abs(residual) ** 2).sum((-2, -1)) / self.box**2
 
 
-def run(host: ctypes.CDLL, case: Case, backwards: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def run(host, case: Case, backwards: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """f r, complex, and losses. Around what is written lies memory that must stay as it was."""
     margin = 1024
     sizes = case.spectra.size, case.models * case.particles
@@ -107,18 +64,20 @@ def run(host: ctypes.CDLL, case: Case, backwards: bool = False) -> tuple[np.ndar
     spectra, losses = (array[margin : margin + size] for array, size in zip(written, sizes, strict=True))
     spectra[:] = case.spectra.ravel()
     losses[:] = np.nan
-    shape = (ctypes.c_int64 * 3)(case.models, case.particles, case.box)
-    constants = (ctypes.c_double * 3)(WAVELENGTH_NUMERATOR_A, RELATIVISTIC_PER_VOLT, PIXEL_SIZE_A)
-    size = host.residual_bytes(shape)
+    shape = case.models, case.particles, case.box
+    size = host.float32.residual_bytes(*shape)
     workspace = np.full(size + 512, 0xFF, np.uint8)  # NaN: nothing in it is to be read before it was written
     at = -workspace.ctypes.data % 256
-    inputs = (case.images, case.rows, case.gain, case.ctf, case.half, case.whitening)
-    addresses = (ctypes.c_void_p * 6)(*(None if array is None else array.ctypes.data for array in inputs))
-    message = getattr(host, f"residual_{case.precision}")(
-        shape, constants, addresses, *(ctypes.c_void_p(array.ctypes.data) for array in (spectra, losses)),
-        ctypes.c_void_p(workspace.ctypes.data + at), ctypes.c_bool(backwards),
-    )  # fmt: skip
-    assert message is None, message.decode()
+    others = (case.rows, case.gain, case.ctf, case.half, case.whitening)
+    host.turn_round(backwards)
+    host.float32.residual(
+        *shape,
+        *(case.images.ctypes.data, case.precision == "float16"),
+        *(0 if array is None else array.ctypes.data for array in others),
+        *(WAVELENGTH_NUMERATOR_A, RELATIVISTIC_PER_VOLT, PIXEL_SIZE_A),
+        *(spectra.ctypes.data, losses.ctypes.data, workspace.ctypes.data + at),
+        *(0, 0),
+    )
     assert all((array[:margin] == 7).all() and (array[-margin:] == 7).all() for array in written)
     assert (workspace[:at] == 0xFF).all() and (workspace[at + size :] == 0xFF).all()
     shape = (case.models, case.particles, case.box, case.box // 2 + 1)
@@ -203,5 +162,45 @@ def test_half_precision_is_read_exactly(host, number):
 
 
 def test_three_models_are_refused_in_words(host):
-    with pytest.raises(AssertionError, match="more than two models"):
+    with pytest.raises(RuntimeError, match="the spectral residual did not start on the GPU: more than two models"):
         run(host, Case(4, 3, 1))
+
+
+def operands(case: Case, device: str = "cpu") -> list:
+    """Arguments of the operator ``spectral_residual``."""
+    arrays = (case.images, case.rows, case.gain, case.ctf, case.half, case.whitening)
+    spectra = torch.view_as_complex(torch.from_numpy(case.spectra.copy()))
+    others = [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
+    return [spectra.to(device), *others, case.box, PIXEL_SIZE_A, True]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("ctf", "whitened"), WAYS)
+def test_the_operator_on_the_cpu_and_that_on_a_gpu_agree_with_the_formula(ctf, whitened, precision):
+    case = Case(18, 2, 6, ctf, whitened, precision)
+    on_cpu, on_gpu = operands(case), operands(case)
+    check((on_cpu[0].numpy(), torch.ops.cryosplat.spectral_residual(*on_cpu).numpy()), case)
+    with hostcuda.on_host():
+        check((on_gpu[0].numpy(), spectral.on_gpu(*on_gpu).numpy()), case)
+
+
+def test_the_operator_is_what_pytorch_expects_of_one():
+    for ctf, whitened in ((True, True), (False, False)):
+        given = operands(Case(8, 2, 3, ctf, whitened))
+        torch.library.opcheck(torch.ops.cryosplat.spectral_residual.default, given)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("ctf", "whitened"), WAYS)
+def test_a_gpu_agrees_with_the_formula_and_with_itself(ctf, whitened, precision):
+    for box, models in [*SIZES, (256, 2)]:
+        case = Case(box, models, 33, ctf, whitened, precision)
+        found = []
+        for _ in range(2):
+            given = operands(case, "cuda")
+            losses = torch.ops.cryosplat.spectral_residual(*given)
+            found.append((given[0].cpu().numpy(), losses.cpu().numpy()))
+        check(found[0], case)
+        for first, second in zip(*found, strict=True):
+            np.testing.assert_array_equal(first, second)
