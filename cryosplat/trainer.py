@@ -16,6 +16,7 @@ from cryosplat.batches import Batch, Chosen, to_device
 from cryosplat.config import TrainConfig
 from cryosplat.dataset import ParticleDataset
 from cryosplat.errors import InputError
+from cryosplat.memory import OUT_OF_MEMORY
 from cryosplat.optimiser import GatedAdam, learning_rate
 from cryosplat.particles import ParticleTable
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
@@ -32,12 +33,6 @@ SIGN_BATCH = 64
 
 SIGN_CERTAINTY = 6.0
 """Standard errors at which the data are held to be of the other sign."""
-
-
-OUT_OF_MEMORY = (
-    "out of GPU memory with one image at a time. What takes less: data.cache=host, a smaller data.box, fewer "
-    "model.gaussians, or a GPU that nothing else runs on"
-)
 
 
 @dataclass
@@ -262,7 +257,7 @@ class Trainer:
             return self._accumulate(batch, counts)
         except torch.cuda.OutOfMemoryError as error:
             if min(self._micro_batch, len(batch)) <= 1:
-                raise InputError(f"rank {self.world.rank}: {OUT_OF_MEMORY}") from error
+                raise InputError(f"rank {self.world.rank}: with one image at a time, {OUT_OF_MEMORY}") from error
             if self.world.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise  # the graph is not recorded, and the step run as it comes
             return None

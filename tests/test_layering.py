@@ -36,6 +36,7 @@ LAYERS = (
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
+    ("memory",),
     ("evaluation", "trainer", "holdout"),
     # What people call.
     ("train", "validation", "backprojectcommand"),
