@@ -258,10 +258,10 @@ class Trainer:
         try:
             return self._accumulate(batch, counts)
         except torch.cuda.OutOfMemoryError as error:
-            if min(self._micro_batch, len(batch)) <= 1:
-                raise InputError(f"rank {self.world.rank}: with one image at a time, {OUT_OF_MEMORY}") from error
             if self.world.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise  # the graph is not recorded, and the step run as it comes
+            if min(self._micro_batch, len(batch)) <= 1:
+                raise InputError(f"rank {self.world.rank}: with one image at a time, {OUT_OF_MEMORY}") from error
             return None
 
     def _accumulate(self, batch: Batch, counts: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import training_set
+from backends import needs_gpu
 from test_dataset import some_images, stack_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from views import WORLD
@@ -40,15 +41,15 @@ def table(tmp_path_factory):
     return stack_of(tmp_path_factory.mktemp("particles"), some_images(count=COUNT))
 
 
-def make_trainer(table, models=3, cache="device", **settings) -> Trainer:
-    dataset = ParticleDataset(table, np.arange(COUNT), cache=cache)
+def make_trainer(table, models=3, cache="device", world=WORLD, **settings) -> Trainer:
+    dataset = ParticleDataset(table, np.arange(COUNT), device=world.device, cache=cache)
     dataset.normalise(dataset.statistics.deviation)
     mixture = GaussianMixture(models, 20, "signed", (0.02, 0.1))
     mixture.start_randomly(0.1, 0.05, 0)
     weights = torch.rand(2, dataset.box, dataset.box // 2 + 1, generator=torch.Generator().manual_seed(0)) + 0.5
-    seen = Reconstruction(mixture, dataset.box, dataset.pixel_size_a, weights)
+    seen = Reconstruction(mixture, dataset.box, dataset.pixel_size_a, weights).to(world.device)
     config = TrainConfig(epochs=2, batch=BATCH, lr=1e-2, log_every=1000, **settings)
-    return Trainer(WORLD, table, dataset, BatchPlan(dataset.half, BATCH, 0), seen, config)
+    return Trainer(world, table, dataset, BatchPlan(dataset.half, BATCH, 0), seen, config)
 
 
 def first_step(trainer) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -361,3 +362,72 @@ def test_steps_are_recorded_on_one_gpu_only_and_where_they_are_alike(table):
     trainer.config = dataclasses.replace(trainer.config, cuda_graph="auto")
     trainer.world = dataclasses.replace(trainer.world, size=2)
     assert not trainer._is_recordable(mine, counts)
+
+
+# The same on a GPU, if there is one
+
+ON_GPU = dataclasses.replace(WORLD, device=torch.device("cuda", 0))
+
+
+def train_an_epoch(trainer, reports=None) -> torch.Tensor:
+    """Parameters (M, G, 11) afterwards."""
+    trainer.run_epoch(([] if reports is None else reports).append)
+    return trainer.reconstruction.mixture.theta.detach().cpu()
+
+
+@needs_gpu
+@pytest.mark.parametrize("cache", ["device", "host"])
+def test_a_gpu_prepares_images_as_the_cpu_does(table, cache):
+    ours, theirs = make_trainer(table, world=ON_GPU, cache=cache).dataset, make_trainer(table).dataset
+    np.testing.assert_allclose(ours.statistics.deviation, theirs.statistics.deviation, rtol=1e-5)
+    np.testing.assert_allclose(ours.statistics.power, theirs.statistics.power, rtol=1e-5)
+    np.testing.assert_allclose(ours.statistics.fingerprint, theirs.statistics.fingerprint, atol=1e-4)
+    assert relative(ours.batch(ours.owned).images.cpu(), theirs.batch(theirs.owned).images) < 1e-3  # half precision
+
+
+@needs_gpu
+@pytest.mark.parametrize("settings", [{}, {"micro_batch": 4}, {"cache": "host"}, {"models": 1}])
+def test_a_step_on_a_gpu_is_that_on_the_cpu(table, settings):
+    found, expected = (first_step(make_trainer(table, world=world, **settings)) for world in (ON_GPU, WORLD))
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        assert relative(ours.cpu(), theirs) < 1e-3
+    torch.testing.assert_close(found[2].cpu(), expected[2], rtol=1e-3, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("settings", [{}, {"micro_batch": 4}, {"cache": "host"}, {"cuda_graph": "off"}])
+def test_no_step_waits_for_a_gpu(table, settings):
+    trainer = make_trainer(table, world=ON_GPU, **settings)
+    train_an_epoch(trainer)  # plans, moments and graphs are made
+    batches = trainer.plan.epoch(1)
+    counts, chosen = trainer._counts(batches), trainer.dataset.choose(batches)
+    first = next(chosen)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._step(first, counts[0], 1e-2)
+        for mine, of_batch in zip(chosen, counts[1:], strict=True):
+            trainer._step(mine, of_batch, 1e-2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not trainer.optimiser.blocked()
+
+
+@needs_gpu
+def test_recorded_steps_on_a_gpu_are_those_that_run_as_they_come(table, caplog):
+    recorded, plain = (make_trainer(table, world=ON_GPU, cuda_graph=way) for way in ("auto", "off"))
+    reports = []
+    assert relative(train_an_epoch(recorded, reports), train_an_epoch(plain, reports)) < 1e-5
+    assert recorded._graphs._recorded and plain._graphs is None and not caplog.records
+    assert reports[0].losses == pytest.approx(reports[1].losses, rel=1e-5)
+
+
+@needs_gpu
+def test_a_state_of_a_gpu_goes_on_on_a_cpu_and_the_other_way_round(table):
+    there, here = make_trainer(table, world=ON_GPU), make_trainer(table)
+    train_an_epoch(there)
+    here.load_state(there.state())
+    again = make_trainer(table, world=ON_GPU)
+    again.load_state(here.state())
+    expected = train_an_epoch(there)
+    for trainer in (here, again):
+        assert relative(train_an_epoch(trainer), expected) < 1e-3
