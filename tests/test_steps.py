@@ -1,6 +1,7 @@
 """A training step: in micro-batches, when memory runs out, recorded; and that it never waits for the device."""
 
 import contextlib
+import copy
 import dataclasses
 import logging
 
@@ -425,9 +426,9 @@ def test_recorded_steps_on_a_gpu_are_those_that_run_as_they_come(table, caplog):
 def test_a_state_of_a_gpu_goes_on_on_a_cpu_and_the_other_way_round(table):
     there, here = make_trainer(table, world=ON_GPU), make_trainer(table)
     train_an_epoch(there)
-    here.load_state(there.state())
+    here.load_state(copy.deepcopy(there.state()))
     again = make_trainer(table, world=ON_GPU)
-    again.load_state(here.state())
+    again.load_state(copy.deepcopy(here.state()))
     expected = train_an_epoch(there)
     for trainer in (here, again):
         assert relative(train_an_epoch(trainer), expected) < 1e-3
