@@ -19,10 +19,12 @@ LAYERS = (
         "sampling",
         "reference",
         "_extension",
+        "devices",
         "fingerprints",
         "quadratic",
         "batches",
     ),
+    ("cudaops",),
     # Single files and single operations.
     ("ending", "files", "unpickle", "images", "atoms", "cudaops", "symmetry", "nulls"),
     ("ops", "spectral"),
@@ -40,7 +42,7 @@ LAYERS = (
     ("memory",),
     ("evaluation", "trainer", "holdout"),
     # What people call.
-    ("train", "validation", "backprojectcommand"),
+    ("train", "validation", "backprojectcommand", "doctor"),
     ("cli",),
 )
 

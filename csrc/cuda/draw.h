@@ -20,7 +20,10 @@ constexpr int tile_side = 8, region_side = 32;
 static_assert(tile_side == group_lanes && tile_side == 8, "a lane is a column of a tile, a byte has a bit a row");
 constexpr int tiles_along = region_side / tile_side, tiles_in_region = tiles_along * tiles_along;
 constexpr int draw_threads = warp_lanes * tiles_in_region;
-constexpr int draw_blocks = 2;  // of a multiprocessor, at a time: 32 warps, which one of sm_75 takes at most
+// Of a multiprocessor, at a time: 32 warps, which is what one of sm_75 takes at most.
+template <class T>
+constexpr int draw_blocks = sizeof(T) == 4 ? 2 : 1;
+
 constexpr int chunk = 256;
 
 // Threads of the kernels that prepare, a Gaussian each; they write whole sectors of 8 words to the rows of bits.

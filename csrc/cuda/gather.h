@@ -19,7 +19,10 @@ using device::Moments2;
 constexpr int gather_threads = 256, groups_in_block = gather_threads / group_lanes;
 
 // Of a multiprocessor, at a time, at least: as many as leave registers enough for no spill.
-constexpr int gather_blocks = 3, gather_blocks_with_poses = 2;
+template <class T>
+constexpr int gather_blocks = sizeof(T) == 4 ? 3 : 1;
+template <class T>
+constexpr int gather_blocks_with_poses = sizeof(T) == 4 ? 2 : 1;
 
 // A footprint of more pixels is walked by the whole warp, for its groups in turn, lest one lane in four works.
 constexpr int wide_pixels = 2048;
