@@ -26,8 +26,7 @@ LAYERS = (
     ),
     ("cudaops",),
     # Single files and single operations.
-    ("ending", "files", "unpickle", "images", "atoms", "cudaops", "symmetry", "nulls"),
-    ("ops", "spectral"),
+    ("ending", "files", "unpickle", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
     ("distributed", "optimiser", "stepgraph", "halves", "runs", "fsc"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
