@@ -1,9 +1,13 @@
 """What fits a GPU's memory, chosen from sizes alone; what is said where nothing does."""
 
+import logging
 from dataclasses import replace
 
 import pytest
+import torch
+import training_set
 
+from cryosplat import cli
 from cryosplat._extension import HAS_CUDA, core
 from cryosplat.errors import InputError
 from cryosplat.memory import FOOTPRINT, MARGIN, RESERVED, Plan, Task, choose
@@ -69,6 +73,50 @@ def test_where_nothing_fits_the_message_says_what_would(task, free_gib, cache, m
             choose(replace(task, box=int(value)), int(free_gib * GIB), cache, micro_batch)
         elif key == "train.micro_batch":
             choose(task, int(free_gib * GIB), cache, int(value))
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    return training_set.training_set(tmp_path_factory)
+
+
+def with_free(memory: int, monkeypatch, caplog) -> None:
+    """As if a rank had a GPU with that much free memory; it computes on the CPU all the same."""
+    for module in ("train", "backprojectcommand"):
+        monkeypatch.setattr(f"cryosplat.{module}.free_bytes", lambda world: memory)
+    caplog.set_level(logging.INFO)
+
+
+@pytest.mark.parametrize("spare, place", [(4096, "device"), (-4096, "host")])
+def test_a_run_goes_by_its_estimate(stack, tmp_path_factory, tmp_path, monkeypatch, caplog, spare, place):
+    box, images = training_set.BOX, training_set.IMAGES
+    need = images * box * (box // 2 + 1) * 4 + 3.5 * 2 * (2 * box) ** 2 * (box + 1) * 16  # with its linear maps
+    with_free(int(need / (1 - MARGIN) + RESERVED) + spare, monkeypatch, caplog)
+    run_dir = training_set.trained(stack, tmp_path / "run")
+    assert f"images on the {place}" in caplog.text
+    ours, theirs = (
+        training_set.last_checkpoint(each)["trainer"]["mixtures"]
+        for each in (run_dir, training_set.reference_run(tmp_path_factory))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_run_that_nothing_fits_stops_before_it_reads_an_image(stack, tmp_path, monkeypatch, caplog):
+    with_free(RESERVED, monkeypatch, caplog)
+    with pytest.raises(InputError, match="the GPU has too little memory for this run"):
+        training_set.trained(stack, tmp_path / "run")
+    assert "read 301 images" not in caplog.text
+
+
+def test_so_does_backprojection(stack, tmp_path, monkeypatch, caplog, capsys):
+    with_free(RESERVED, monkeypatch, caplog)
+    words = training_set.settings(stack, tmp_path / "run")
+    assert cli.main(["backproject", *words, "-o", str(tmp_path / "maps")]) == 2
+    assert "the GPU has too little memory for this run" in capsys.readouterr().err
+    assert not list(tmp_path.glob("maps/*.mrc"))
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="the core was built without CUDA")
