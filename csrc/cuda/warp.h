@@ -18,6 +18,13 @@ constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int group_lanes = 8;
 constexpr int groups_in_warp = warp_lanes / group_lanes;
 
+// Of a block along x. Unsigned, so that a remainder is one instruction.
+__device__ inline int warp_of_block() { return int(threadIdx.x / unsigned(warp_lanes)); }
+__device__ inline int lane_of_warp() { return int(threadIdx.x % unsigned(warp_lanes)); }
+__device__ inline int group_of_warp() { return lane_of_warp() / group_lanes; }
+__device__ inline int group_of_block() { return int(threadIdx.x / unsigned(group_lanes)); }
+__device__ inline int lane_of_group() { return int(threadIdx.x % unsigned(group_lanes)); }
+
 inline __host__ __device__ Index pieces(Index count, Index of) { return (count + of - 1) / of; }
 
 inline __host__ __device__ int larger_of(int a, int b) { return a > b ? a : b; }
