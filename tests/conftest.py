@@ -31,6 +31,7 @@ def _reset_loggers() -> None:
     package = logging.getLogger("cryosplat")
     package.handlers, package.propagate = [], True
     package.setLevel(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)  # cryodrgn, imported unguarded, leaves it at INFO
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "cryosplat" and isinstance(logger, logging.Logger):
             logger.disabled = False
