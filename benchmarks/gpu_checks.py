@@ -1,0 +1,359 @@
+"""All that a machine with an NVIDIA GPU is for, in order: python -m benchmarks.gpu_checks --output FOLDER.
+
+    1            the extension builds for this chip, and `cryosplat doctor` says what it is
+    2            the GPU part of the test suite; 2-memcheck and 2-racecheck: the same under compute-sanitizer
+    3-ops        kernels against their floor
+    3-step       the training step against its floor, and a roofline of both
+    4            the rasteriser of the CryoSplat reference on the same GPU
+    5            a whole job: 100,000 images of 256 px
+    6            two processes on one GPU against one
+    7            a profile of the largest step
+
+Each is a process with a time limit of its own. After each the folder is written anew: gpu_checks.json (everything),
+gpu_checks.md (tables for benchmarks/gpu.md), gpu_checks.log, roofline.png. A run cut short has lost no step before it.
+No network is needed: wheels that `make gpu-wheels` has collected are installed into build/gpu-env. --only 3 5 runs
+some; what the folder's JSON, or those named by --before, hold of other steps stays in the tables. A step that cannot
+run here is skipped, with its reason. --device cpu --small tries on any machine all that needs no GPU.
+
+Standard library only: where this starts, nothing is installed yet.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks import gpu_environment
+from benchmarks.gpu_environment import ROOT
+
+WORK = ROOT / "build" / "gpu-checks"
+SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+LEAST_S = 15.0
+"""With less than this left of --budget no step is begun."""
+
+ENDING_S = 5.0
+"""From the request to stop to the end of a process."""
+
+DESCRIBE = (
+    "import json, torch; from benchmarks.machine import describe; print(json.dumps(describe(torch.device('{}'))))"
+)
+
+
+class Skip(Exception):
+    """Why a step does not run here."""
+
+
+class Failure(Exception):
+    """What went wrong in a step."""
+
+
+@dataclass
+class Result:
+    """Of a step: status "passed", "failed" or "skipped"; what it said (Markdown) and measured (its JSON)."""
+
+    step: str
+    what: str
+    status: str
+    reason: str = ""
+    seconds: float = 0.0
+    text: str = ""
+    figures: dict = field(default_factory=dict)
+
+
+@dataclass
+class Checks:
+    """What the steps share."""
+
+    output: Path
+    device: str
+    small: bool
+    end: float  # of the budget, by time.monotonic()
+
+    @property
+    def python(self) -> str:
+        return str(gpu_environment.python()) if self.device == "cuda" else sys.executable
+
+    def need_gpu(self) -> None:
+        if self.device != "cuda":
+            raise Skip("needs a GPU, and this is --device cpu")
+
+    def log(self, text: str) -> None:
+        with open(self.output / "gpu_checks.log", "a") as log:
+            log.write(text.rstrip("\n") + "\n")
+
+    def run(self, words: list[str], limit_s: float, more: dict[str, str] | None = None) -> str:
+        """Run a command to its end or its limit; returns what it printed. Everything goes to the log."""
+        limit_s = min(limit_s, self.end - time.monotonic())
+        self.log(f"$ {' '.join(words)}")
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **(more or {})}
+        with open(WORK / "stdout", "w+") as printed, open(WORK / "stderr", "w+") as said:
+            process = subprocess.Popen(
+                words, cwd=ROOT, env=environment, stdout=printed, stderr=said, start_new_session=True
+            )
+            try:
+                code = process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                end_group(process)
+            outputs = []
+            for stream in (printed, said):
+                stream.seek(0)
+                outputs.append(stream.read())
+        self.log("\n".join(outputs))
+        if code is None:
+            raise Failure(f"not done after its {limit_s:.0f} s")
+        if code:
+            lines = [line for line in "\n".join(outputs).splitlines() if line.strip()]
+            raise Failure(f"exit code {code}: {' / '.join(lines[-3:])[:600]}")
+        return outputs[0]
+
+    def module(self, name: str, limit_s: float, *words: str, to: str = "", sizes: bool = True) -> tuple[str, dict]:
+        """Run a benchmark that writes a JSON (``to``, or by its own name); returns what it printed, and the JSON."""
+        target = WORK / f"{to or name}.json"
+        target.unlink(missing_ok=True)
+        command = [self.python, "-m", f"benchmarks.{name}", "--output", str(target), *words]
+        if sizes:
+            command += ["--device", self.device] + (["--small"] if self.small else [])
+        text = self.run(command, limit_s)
+        return text, json.loads(target.read_text())
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a command and all that it has started."""
+    for number, wait in ((signal.SIGTERM, ENDING_S), (signal.SIGKILL, ENDING_S)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+# The steps: each returns what it said and what it measured.
+
+
+def build(checks: Checks, limit_s: float) -> tuple[str, dict]:
+    if checks.device == "cuda":
+        prepare(checks, limit_s)
+    return checks.run([checks.python, "-m", "cryosplat.cli", "doctor"], limit_s), {}
+
+
+def prepare(checks: Checks, limit_s: float) -> None:
+    """The environment that the steps run in, made by whichever comes first on this machine."""
+    if checks.device == "cuda" and not gpu_environment.is_ready():
+        gpu_environment.prepare(lambda words, more: checks.run(words, limit_s, more) and None)
+
+
+def gpu_tests(checks: Checks) -> list[str]:
+    """Test files that have anything for a GPU."""
+    checks.need_gpu()
+    return files_with_gpu_tests()
+
+
+def files_with_gpu_tests() -> list[str]:
+    words = ("needs_gpu", "mark.gpu", "cuda.is_available")
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path) for path in files if any(word in path.read_text() for word in words)]
+
+
+def tests(checks: Checks, limit_s: float) -> tuple[str, dict]:
+    return last_line(checks.run([checks.python, *PYTEST, *gpu_tests(checks)], limit_s)), {}
+
+
+PYTEST = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu"]
+
+
+def sanitized(tool: str):
+    def step(checks: Checks, limit_s: float) -> tuple[str, dict]:
+        files = gpu_tests(checks)
+        places = os.pathsep.join([os.environ.get("PATH", ""), *SANITIZER_PLACES])
+        sanitizer = shutil.which("compute-sanitizer", path=places)
+        if sanitizer is None:
+            raise Skip("compute-sanitizer is not installed")
+        words = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+        # PyTorch's cache of memory would hide what is read or written beyond a tensor's end.
+        text = checks.run(
+            [*words, checks.python, *PYTEST, "-x", *files], limit_s, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        )
+        return "\n".join(line for line in text.splitlines() if "SUMMARY" in line or " passed" in line), {}
+
+    return step
+
+
+def kernels(checks: Checks, limit_s: float) -> tuple[str, dict]:
+    found = checks.module("ops", limit_s, *(["--turns", "2"] if checks.small else []))
+    draw(checks)
+    return found
+
+
+def steps(checks: Checks, limit_s: float) -> tuple[str, dict]:
+    found = checks.module("step", limit_s, *(["--epochs", "1"] if checks.small else []))
+    draw(checks)
+    return found
+
+
+def draw(checks: Checks) -> None:
+    """The roofline of what has been measured on this machine so far."""
+    files = [str(path) for path in (WORK / "ops.json", WORK / "step.json") if path.exists()]
+    if files and files[0].endswith("ops.json"):
+        checks.run([checks.python, "-m", "benchmarks.roofline", str(checks.output / "roofline.png"), *files], 60)
+
+
+def reference(checks: Checks, limit_s: float) -> tuple[str, dict]:
+    checks.need_gpu()
+    if not os.environ.get("CRYOSPLAT_REFERENCE"):
+        raise Skip("CRYOSPLAT_REFERENCE names no clone of Chen-Suyi/cryosplat, whose code may not be kept here")
+    return checks.module("reference_rasteriser", limit_s, sizes=False)
+
+
+def whole_job(checks: Checks, limit_s: float) -> tuple[str, dict]:
+    return checks.module("wholejob", limit_s)
+
+
+def two_processes(checks: Checks, limit_s: float) -> tuple[str, dict]:
+    return checks.module("two_processes", limit_s)
+
+
+def profile(checks: Checks, limit_s: float) -> tuple[str, dict]:
+    """The three largest costs of the step of the most Gaussians."""
+    words = [] if checks.small else ["--sizes", "2"]
+    _, found = checks.module("step", limit_s, "--models", "3", "--epochs", "1", *words, to="profile")
+    costs = found["rows"][-1]["costs"]
+    lines = ["| cost | µs a step | share, % |", "|---|---|---|"]
+    lines += [f"| `{cost['name'][:100]}` | {cost['us']:.4g} | {100 * cost['share']:.0f} |" for cost in costs[:3]]
+    return "\n".join(lines), {"costs": costs}
+
+
+STEPS = (
+    ("1", "build and doctor", 420, build),
+    ("2", "GPU tests", 420, tests),
+    ("2-memcheck", "GPU tests under memcheck", 420, sanitized("memcheck")),
+    ("2-racecheck", "GPU tests under racecheck", 420, sanitized("racecheck")),
+    ("3-ops", "kernels against their floor", 300, kernels),
+    ("3-step", "training step against its floor", 300, steps),
+    ("4", "against the reference's rasteriser", 420, reference),
+    ("5", "whole job", 580, whole_job),
+    ("6", "two processes against one", 180, two_processes),
+    ("7", "profile of the step", 180, profile),
+)
+"""Name, what it is, seconds it may take, function."""
+
+
+def last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
+
+
+def perform(checks: Checks, name: str, what: str, limit_s: float, step) -> Result:
+    """Run a step; whatever comes of it is a result."""
+    began = time.monotonic()
+    result = Result(name, what, "passed")
+    checks.log(f"\n=== {name}: {what}")
+    if checks.end - began < LEAST_S:
+        result.status, result.reason = "skipped", "the budget of this call was spent"
+        return result
+    try:
+        prepare(checks, limit_s)
+        result.text, result.figures = step(checks, limit_s)
+    except Skip as reason:
+        result.status, result.reason = "skipped", str(reason)
+    except (Failure, RuntimeError, OSError, ValueError, KeyError) as error:
+        result.status, result.reason = "failed", str(error)
+    result.seconds = time.monotonic() - began
+    return result
+
+
+def write(checks: Checks, results: dict[str, Result], about: dict[str, str]) -> None:
+    """The folder's JSON and Markdown, complete at any moment."""
+    everything = {"about": about, "results": [asdict(results[name]) for name, *_ in STEPS if name in results]}
+    for name, text in (("json", json.dumps(everything, indent=1)), ("md", summary(results, about))):
+        temporary = checks.output / f".gpu_checks.{name}"
+        temporary.write_text(text)
+        temporary.replace(checks.output / f"gpu_checks.{name}")
+
+
+def summary(results: dict[str, Result], about: dict[str, str]) -> str:
+    """Markdown to be pasted into benchmarks/gpu.md."""
+    lines = [", ".join(f"{name} {value}" for name, value in about.items()), ""]
+    lines += ["| step | what | outcome | s |", "|---|---|---|---|"]
+    ordered = [results[name] for name, *_ in STEPS if name in results]
+    for result in ordered:
+        outcome = result.status + (f": {result.reason}" if result.reason else "")
+        outcome = outcome.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {result.step} | {result.what} | {outcome} | {result.seconds:.0f} |")
+    for result in ordered:
+        if result.text.strip():
+            lines += ["", f"### {result.step}: {result.what}", "", result.text.strip()]
+    return "\n".join(lines) + "\n"
+
+
+def read_results(files: list[Path]) -> dict[str, Result]:
+    """Results of earlier calls, the later files winning."""
+    found = {}
+    for file in files:
+        for result in json.loads(file.read_text())["results"]:
+            found[result["step"]] = Result(**result)
+    return found
+
+
+def wanted(only: list[str]) -> list[tuple]:
+    """The steps that --only names, by name or by number: 2 means 2, 2-memcheck and 2-racecheck."""
+    return [step for step in STEPS if not only or step[0] in only or step[0].partition("-")[0] in only]
+
+
+def sees_gpu() -> bool:
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="such as 1 2 3-ops")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="seconds for all of them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="sizes that tell nothing, to see that all runs")
+    parser.add_argument("--before", nargs="+", type=Path, default=[], metavar="JSON", help="of earlier calls")
+    args = parser.parse_args()
+    known = {part for name, *_ in STEPS for part in (name, name.partition("-")[0])}
+    if strange := [name for name in args.only if name not in known]:
+        parser.error(f"--only {' '.join(strange)}: the steps are {', '.join(name for name, *_ in STEPS)}")
+    if args.device == "cuda" and not sees_gpu():
+        parser.error("nvidia-smi shows no GPU here; --device cpu --small tries what needs none")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    for folder in (args.output, WORK):
+        folder.mkdir(parents=True, exist_ok=True)
+    checks = Checks(args.output.resolve(), args.device, args.small, time.monotonic() + args.budget)
+    mine = checks.output / "gpu_checks.json"
+    results = read_results([*args.before, *([mine] if mine.exists() else [])])
+    about: dict[str, str] = {}
+    done = []
+    for name, what, limit_s, step in wanted(args.only):
+        print(f"{name}: {what} ...", flush=True)
+        results[name] = result = perform(checks, name, what, limit_s, step)
+        done.append(result)
+        if not about and result.status == "passed":
+            about = json.loads(last_line(checks.run([checks.python, "-c", DESCRIBE.format(args.device)], 120)))
+        write(checks, results, about)
+        print(f"  {result.status} {result.reason} ({result.seconds:.0f} s)", flush=True)
+    print(summary(results, about))
+    return int(any(result.status == "failed" for result in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
