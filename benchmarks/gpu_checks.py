@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +33,6 @@ from pathlib import Path
 from benchmarks import gpu_environment
 from benchmarks.gpu_environment import ROOT
 
-WORK = ROOT / "build" / "gpu-checks"
 SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 LEAST_S = 15.0
 """With less than this left of --budget no step is begun."""
@@ -55,7 +55,7 @@ class Failure(Exception):
 
 @dataclass
 class Result:
-    """Of a step: status "passed", "failed" or "skipped"; what it said (Markdown) and measured (its JSON)."""
+    """Of a step: status "passed", "failed" or "skipped"; what it said (Markdown) and measured (its JSON), where."""
 
     step: str
     what: str
@@ -64,6 +64,7 @@ class Result:
     seconds: float = 0.0
     text: str = ""
     figures: dict = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Checks:
     """What the steps share."""
 
     output: Path
+    work: Path  # for files that are not kept
     device: str
     small: bool
     end: float  # of the budget, by time.monotonic()
@@ -92,7 +94,7 @@ class Checks:
         limit_s = min(limit_s, self.end - time.monotonic())
         self.log(f"$ {' '.join(words)}")
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **(more or {})}
-        with open(WORK / "stdout", "w+") as printed, open(WORK / "stderr", "w+") as said:
+        with open(self.work / "stdout", "w+") as printed, open(self.work / "stderr", "w+") as said:
             process = subprocess.Popen(
                 words, cwd=ROOT, env=environment, stdout=printed, stderr=said, start_new_session=True
             )
@@ -114,9 +116,9 @@ class Checks:
             raise Failure(f"exit code {code}: {' / '.join(lines[-3:])[:600]}")
         return outputs[0]
 
-    def module(self, name: str, limit_s: float, *words: str, to: str = "", sizes: bool = True) -> tuple[str, dict]:
-        """Run a benchmark that writes a JSON (``to``, or by its own name); returns what it printed, and the JSON."""
-        target = WORK / f"{to or name}.json"
+    def module(self, name: str, limit_s: float, *words: str, sizes: bool = True) -> tuple[str, dict]:
+        """Run a benchmark that writes a JSON; returns what it printed, and the JSON."""
+        target = self.work / "measured.json"
         target.unlink(missing_ok=True)
         command = [self.python, "-m", f"benchmarks.{name}", "--output", str(target), *words]
         if sizes:
@@ -167,7 +169,15 @@ def files_with_gpu_tests() -> list[str]:
 
 
 def tests(checks: Checks, limit_s: float) -> tuple[str, dict]:
-    return last_line(checks.run([checks.python, *PYTEST, *gpu_tests(checks)], limit_s)), {}
+    return counted(checks.run([checks.python, *PYTEST, *gpu_tests(checks)], limit_s)), {}
+
+
+def counted(text: str) -> str:
+    """Pytest's last line; tests that have all been skipped are no proof."""
+    counts = [line for line in text.splitlines() if " in " in line and ("passed" in line or "skipped" in line)]
+    if not counts or "passed" not in counts[-1]:
+        raise Failure(f"no test ran: {counts[-1] if counts else 'pytest says nothing'}")
+    return counts[-1]
 
 
 PYTEST = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu"]
@@ -185,28 +195,17 @@ def sanitized(tool: str):
         text = checks.run(
             [*words, checks.python, *PYTEST, "-x", *files], limit_s, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         )
-        return "\n".join(line for line in text.splitlines() if "SUMMARY" in line or " passed" in line), {}
+        return "\n\n".join([counted(text), *(line for line in text.splitlines() if "SUMMARY" in line)]), {}
 
     return step
 
 
 def kernels(checks: Checks, limit_s: float) -> tuple[str, dict]:
-    found = checks.module("ops", limit_s, *(["--turns", "2"] if checks.small else []))
-    draw(checks)
-    return found
+    return checks.module("ops", limit_s, *(["--turns", "2"] if checks.small else []))
 
 
 def steps(checks: Checks, limit_s: float) -> tuple[str, dict]:
-    found = checks.module("step", limit_s, *(["--epochs", "1"] if checks.small else []))
-    draw(checks)
-    return found
-
-
-def draw(checks: Checks) -> None:
-    """The roofline of what has been measured on this machine so far."""
-    files = [str(path) for path in (WORK / "ops.json", WORK / "step.json") if path.exists()]
-    if files and files[0].endswith("ops.json"):
-        checks.run([checks.python, "-m", "benchmarks.roofline", str(checks.output / "roofline.png"), *files], 60)
+    return checks.module("step", limit_s, *(["--epochs", "1"] if checks.small else []))
 
 
 def reference(checks: Checks, limit_s: float) -> tuple[str, dict]:
@@ -227,7 +226,7 @@ def two_processes(checks: Checks, limit_s: float) -> tuple[str, dict]:
 def profile(checks: Checks, limit_s: float) -> tuple[str, dict]:
     """The three largest costs of the step of the most Gaussians."""
     words = [] if checks.small else ["--sizes", "2"]
-    _, found = checks.module("step", limit_s, "--models", "3", "--epochs", "1", *words, to="profile")
+    _, found = checks.module("step", limit_s, "--models", "3", "--epochs", "1", *words)
     costs = found["rows"][-1]["costs"]
     lines = ["| cost | µs a step | share, % |", "|---|---|---|"]
     lines += [f"| `{cost['name'][:100]}` | {cost['us']:.4g} | {100 * cost['share']:.0f} |" for cost in costs[:3]]
@@ -272,20 +271,39 @@ def perform(checks: Checks, name: str, what: str, limit_s: float, step) -> Resul
     return result
 
 
-def write(checks: Checks, results: dict[str, Result], about: dict[str, str]) -> None:
+def draw(checks: Checks, results: dict[str, Result]) -> None:
+    """The roofline, from what is known of kernels and steps."""
+    files = []
+    for name in ("3-ops", "3-step"):
+        if name in results and results[name].status == "passed":
+            files.append(checks.work / f"{name}.json")
+            files[-1].write_text(json.dumps(results[name].figures))
+    picture = str(checks.output / "roofline.png")
+    try:
+        checks.run([checks.python, "-m", "benchmarks.roofline", picture, *map(str, files)], 120)
+    except Failure as error:
+        checks.log(f"no roofline: {error}")
+
+
+def write(checks: Checks, results: dict[str, Result]) -> None:
     """The folder's JSON and Markdown, complete at any moment."""
-    everything = {"about": about, "results": [asdict(results[name]) for name, *_ in STEPS if name in results]}
-    for name, text in (("json", json.dumps(everything, indent=1)), ("md", summary(results, about))):
+    everything = {"results": [asdict(results[name]) for name, *_ in STEPS if name in results]}
+    for name, text in (("json", json.dumps(everything, indent=1)), ("md", summary(results))):
         temporary = checks.output / f".gpu_checks.{name}"
         temporary.write_text(text)
         temporary.replace(checks.output / f"gpu_checks.{name}")
 
 
-def summary(results: dict[str, Result], about: dict[str, str]) -> str:
+def summary(results: dict[str, Result]) -> str:
     """Markdown to be pasted into benchmarks/gpu.md."""
-    lines = [", ".join(f"{name} {value}" for name, value in about.items()), ""]
-    lines += ["| step | what | outcome | s |", "|---|---|---|---|"]
     ordered = [results[name] for name, *_ in STEPS if name in results]
+    places: dict[str, list[str]] = {}
+    for result in ordered:
+        if result.about:
+            where = ", ".join(f"{name} {value}" for name, value in result.about.items())
+            places.setdefault(where, []).append(result.step)
+    lines = [f"Steps {', '.join(of_place)}: {where}." for where, of_place in places.items()]
+    lines += ["", "| step | what | outcome | s |", "|---|---|---|---|"]
     for result in ordered:
         outcome = result.status + (f": {result.reason}" if result.reason else "")
         outcome = outcome.replace("|", "\\|").replace("\n", " ")
@@ -336,22 +354,26 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    for folder in (args.output, WORK):
-        folder.mkdir(parents=True, exist_ok=True)
-    checks = Checks(args.output.resolve(), args.device, args.small, time.monotonic() + args.budget)
-    mine = checks.output / "gpu_checks.json"
+    args.output.mkdir(parents=True, exist_ok=True)
+    mine = args.output / "gpu_checks.json"
     results = read_results([*args.before, *([mine] if mine.exists() else [])])
     about: dict[str, str] = {}
     done = []
-    for name, what, limit_s, step in wanted(args.only):
-        print(f"{name}: {what} ...", flush=True)
-        results[name] = result = perform(checks, name, what, limit_s, step)
-        done.append(result)
-        if not about and result.status == "passed":
-            about = json.loads(last_line(checks.run([checks.python, "-c", DESCRIBE.format(args.device)], 120)))
-        write(checks, results, about)
-        print(f"  {result.status} {result.reason} ({result.seconds:.0f} s)", flush=True)
-    print(summary(results, about))
+    with tempfile.TemporaryDirectory(prefix="gpu-checks-") as work:
+        end = time.monotonic() + args.budget
+        checks = Checks(args.output.resolve(), Path(work), args.device, args.small, end)
+        for name, what, limit_s, step in wanted(args.only):
+            print(f"{name}: {what} ...", flush=True)
+            results[name] = result = perform(checks, name, what, limit_s, step)
+            done.append(result)
+            if not about and result.status == "passed":
+                about = json.loads(last_line(checks.run([checks.python, "-c", DESCRIBE.format(args.device)], 120)))
+            result.about = about if result.status == "passed" else {}
+            write(checks, results)
+            print(f"  {result.status} {result.reason} ({result.seconds:.0f} s)", flush=True)
+        if any(result.step.startswith("3") and result.status == "passed" for result in done):
+            draw(checks, results)
+    print(summary(results))
     return int(any(result.status == "failed" for result in done))
 
 

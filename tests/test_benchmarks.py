@@ -1,0 +1,160 @@
+"""The benchmarks run to their end, count what they say they count, and the checks for a GPU machine go as far as they
+can without one."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import floors, gpu_checks, gpu_environment, roofline
+from benchmarks.gpu_checks import Checks, Failure, Result, Skip
+from benchmarks.machine import Machine
+from benchmarks.ops import mixture
+
+ROOT = Path(__file__).resolve().parents[1]
+MACHINE = Machine("cuda", "a GPU", 1, 1e12, 1e11)
+
+
+@pytest.fixture
+def checks(tmp_path) -> Checks:
+    return Checks(tmp_path, tmp_path, "cpu", True, time.monotonic() + 60)
+
+
+def test_a_dry_run_passes_what_needs_no_gpu_and_skips_the_rest_with_a_reason(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_checks", "--device", "cpu", "--small", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {result["step"]: result for result in json.loads((tmp_path / "gpu_checks.json").read_text())["results"]}
+    on_gpus = {"2", "2-memcheck", "2-racecheck", "4"}
+    assert set(results) == {name for name, *_ in gpu_checks.STEPS}
+    for name, result in results.items():
+        assert result["status"] == ("skipped" if name in on_gpus else "passed"), result
+        assert name not in on_gpus or "needs a GPU" in result["reason"]
+    assert results["5"]["figures"]["rows"][0]["fsc_truth_mean"] > 0.9
+    assert max(results["6"]["figures"]["relative_errors"].values()) < 1e-5
+    kernels = {row["kernel"] for row in results["3-ops"]["figures"]["rows"]}
+    assert {"splat", "splat backward", "voxelise", "voxelise backward", "insert"} <= kernels
+    assert sum(results["3-step"]["figures"]["rows"][0]["parts"].values()) == pytest.approx(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpu_checks.json",
+        "gpu_checks.log",
+        "gpu_checks.md",
+        "roofline.png",
+    ]
+    assert "| 5 | whole job | passed |" in (tmp_path / "gpu_checks.md").read_text()
+
+
+def test_a_step_over_its_limit_or_with_an_error_fails_and_says_so(checks):
+    with pytest.raises(Failure, match="not done after its 1 s"):
+        checks.run([sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    with pytest.raises(Failure, match="exit code 3: .*what went wrong"):
+        checks.run([sys.executable, "-c", "import sys; print('what went wrong'); sys.exit(3)"], 60)
+    assert "what went wrong" in (checks.output / "gpu_checks.log").read_text()
+
+    def step(checks, limit_s):
+        raise Failure("as expected")
+
+    assert gpu_checks.perform(checks, "9", "nothing", 60, step).reason == "as expected"
+    checks.end = time.monotonic()
+    assert gpu_checks.perform(checks, "9", "nothing", 60, step).reason == "the budget of this call was spent"
+
+
+def test_tests_that_were_all_skipped_are_no_proof():
+    assert gpu_checks.counted("..s\n2 passed, 1 skipped in 3.10s\n") == "2 passed, 1 skipped in 3.10s"
+    with pytest.raises(Failure, match="no test ran: 11 skipped"):
+        gpu_checks.counted("s\n11 skipped, 296 deselected in 2.63s\n")
+    with pytest.raises(Failure, match="no test ran"):
+        gpu_checks.counted("")
+
+
+def test_the_mark_for_gpus_is_on_all_that_is_skipped_without_one():
+    files = gpu_checks.files_with_gpu_tests()
+    command = [sys.executable, *gpu_checks.PYTEST, "--collect-only", *files]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "test_the_gpu_agrees_through_the_operator" in found and "deselected" in found
+
+
+def test_the_reference_is_looked_for_where_its_variable_says(checks, monkeypatch):
+    monkeypatch.delenv("CRYOSPLAT_REFERENCE", raising=False)
+    checks.device = "cuda"
+    with pytest.raises(Skip, match="CRYOSPLAT_REFERENCE"):
+        gpu_checks.reference(checks, 60)
+
+
+def test_results_of_earlier_calls_stay_in_the_tables_with_the_machine_they_are_from(tmp_path):
+    def file(name: str, *results: Result) -> Path:
+        (tmp_path / name).write_text(json.dumps({"results": [vars(result) for result in results]}))
+        return tmp_path / name
+
+    first = file("a.json", Result("1", "build", "passed", about={"device": "X"}), Result("5", "job", "failed", "slow"))
+    second = file("b.json", Result("5", "job", "passed", text="table", about={"device": "Y"}))
+    text = gpu_checks.summary(gpu_checks.read_results([first, second]))
+    assert "Steps 1: device X." in text and "Steps 5: device Y." in text
+    assert "| 5 | job | passed | 0 |" in text and "slow" not in text and text.endswith("table\n")
+
+
+def test_steps_are_chosen_by_name_or_number():
+    assert [step[0] for step in gpu_checks.wanted(["2", "3-ops"])] == ["2", "2-memcheck", "2-racecheck", "3-ops"]
+    assert len(gpu_checks.wanted([])) == len(gpu_checks.STEPS)
+
+
+def test_carried_wheels_are_installed_where_the_package_is_missing(tmp_path, monkeypatch):
+    for name in ("pytest-9.9.9-py3-none-any.whl", "no_such_thing-1.0-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(gpu_environment, "WHEELS", tmp_path)
+    assert [Path(path).name for path in gpu_environment.missing_wheels()] == ["no_such_thing-1.0-py3-none-any.whl"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_splat_s_work_counts_the_pixels_that_it_draws(backward):
+    """Far from the edges, against a count of the pixels within the cut-off."""
+    inputs, box, cutoff = mixture(3, 64, 2), 64, 3.5
+    inputs[0] *= 0.1
+    _, covariances, _, rotations, shifts, _ = inputs
+    count = 0
+    for view, shift in zip(rotations, shifts, strict=True):
+        for mean, entries in zip(inputs[0][0], covariances[0], strict=True):
+            matrix = entries[[0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(3, 3)
+            centre = (view @ mean)[:2] + box // 2 - shift
+            reach = cutoff * (view @ matrix @ view.T).diagonal()[:2].sqrt()
+            inside = (torch.arange(box)[:, None] - centre).abs() <= reach
+            count += int(inside.sum(0).prod())
+    work = floors.splat(inputs, box, cutoff, backward, lanes=1)
+    # A rectangle of a by b pixels has about a b of them inside, now one row more and now one less.
+    assert work.interactions == pytest.approx(count, rel=0.1)
+    assert work.operations == work.issued == (6 if backward else 3) * work.interactions
+    assert work.bytes == 4 * ((2 if backward else 1) * 30 + 2 * (64**2 + 12))
+
+
+def test_a_map_s_work_is_that_of_its_planes():
+    """Of a round Gaussian: as many planes as rows and columns."""
+    inputs = [torch.zeros(1, 1, 3), torch.tensor([[[4.0, 0, 0, 4.0, 0, 4.0]]]), torch.ones(1, 1)]
+    work = floors.voxelise(inputs, 32, 3.0, False, lanes=16)
+    assert work.interactions == pytest.approx(12.0**3) and work.issued == pytest.approx(3 * 16 * 12**2)
+
+
+def test_insertion_reaches_the_lines_of_its_slice():
+    """Without rotation a view lies in the plane z = 0; each of its rows reaches all lines that its columns need."""
+    box, padded = 8, 16
+    work = floors.insertion(torch.eye(3)[None], torch.zeros(1, dtype=torch.long), box, padded)
+    y, x = torch.meshgrid(torch.fft.fftfreq(8) * 8, torch.fft.rfftfreq(8) * 8, indexing="ij")
+    inside = int((((x**2 + y**2) < 16) & ((x > 0) | (y >= 0))).sum())
+    assert work.interactions == 8 * inside and work.operations == 32 * inside
+    # Columns 0 to 7 are two lines of four voxels; rows -6 to 7 in both planes z = 0 and 1, fewer far out.
+    lines = (work.bytes - 12 * inside) / 128
+    assert 2 * 14 < lines <= 2 * 2 * 14
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory():
+    assert MACHINE.floor_s(1e12, 1e9) == 1 and MACHINE.floor_s(1e9, 1e11) == 1
+
+
+def test_the_roofline_shows_every_kernel_and_step():
+    row = {"gaussians": 10, "box": 64, "operations": 4.0, "bytes": 2.0, "seconds": 0.5}
+    ops = {"rows": [row | {"kernel": "splat"}, {"kernel": "PyTorch, both", "seconds": 1.0}]}
+    found = roofline.points(ops, {"rows": [row | {"models": 3}]})
+    assert found == [("splat", "10 G, 64 px", 2.0, 8.0), ("step", "10 G, 64 px, 3 models", 2.0, 8.0)]
