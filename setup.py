@@ -55,7 +55,7 @@ CUDA_HOME = "/usr/local/cuda"  # where NVIDIA's installers put it
 BINDINGS = "csrc/bindings.cpp"
 DISPATCH = "csrc/cpu/dispatch.cpp"
 KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
-CUDA_KERNELS = "csrc/cuda/insert.cu"
+CUDA_KERNELS = sorted(f"csrc/cuda/{file.name}" for file in Path(__file__).resolve().parent.glob("csrc/cuda/*.cu"))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def compile_units(cuda: Cuda | None) -> list[tuple[str, str, str, list[str]]]:
     for name, flags in sets.items():
         units.append(("compile", KERNELS, f"kernels.{name}.o", [f"-DCRYOSPLAT_ISA={name}", *flags]))
     if cuda:
-        units.append(("compile_cuda", CUDA_KERNELS, "insert.cuda.o", cuda.flags()))
+        units += [("compile_cuda", file, f"{Path(file).stem}.cuda.o", cuda.flags()) for file in CUDA_KERNELS]
     return units
 
 
@@ -263,6 +263,6 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("cryosplat._C", [BINDINGS, DISPATCH, KERNELS, CUDA_KERNELS])],
+    ext_modules=[Extension("cryosplat._C", [BINDINGS, DISPATCH, KERNELS, *CUDA_KERNELS])],
     cmdclass={"build_ext": NinjaBuild},
 )

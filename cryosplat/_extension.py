@@ -19,10 +19,7 @@ except ImportError as error:
         "Build it in the checkout: 'make venv', or 'pip install -e .' in an environment of your own (needs g++)."
     ) from error
 
-HAS_CUDA = hasattr(core, "cuda") and hasattr(core.cuda.float32, "splat_forward")
-"""Whether the core splats on GPUs."""
+HAS_CUDA = hasattr(core, "cuda")
+"""Whether the core was compiled with its CUDA half."""
 
-HAS_CUDA_INSERT = hasattr(core, "cuda")
-"""Whether the core was compiled with its CUDA half, which so far inserts into Fourier grids only."""
-
-__all__ = ["HAS_CUDA", "HAS_CUDA_INSERT", "core"]
+__all__ = ["HAS_CUDA", "core"]

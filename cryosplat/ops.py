@@ -8,7 +8,9 @@ arguments are checked, outputs allocated and addresses passed; autograd and
 import torch
 from torch import Tensor
 
-from cryosplat._extension import HAS_CUDA_INSERT, core
+from cryosplat import cudaops
+from cryosplat._extension import core
+from cryosplat.cudaops import addresses
 from cryosplat.errors import InputError
 
 
@@ -166,10 +168,6 @@ def _kernels(dtype: torch.dtype):
     return core.float32 if dtype == torch.float32 else core.float64
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
 @torch.library.custom_op("cryosplat::splat", mutates_args=(), device_types="cpu")
 def _splat(
     means: Tensor,
@@ -184,9 +182,7 @@ def _splat(
     inputs = [t.contiguous() for t in (means, covariances, amplitudes, rotations, shifts, model)]
     images = means.new_empty(model.shape[0], box, box)
     shape = (means.shape[0], means.shape[1], model.shape[0], box)
-    _kernels(means.dtype).splat_forward(
-        *shape, *_addresses(*inputs), cutoff, images.data_ptr(), torch.get_num_threads()
-    )
+    _kernels(means.dtype).splat_forward(*shape, *addresses(*inputs), cutoff, images.data_ptr(), torch.get_num_threads())
     return images
 
 
@@ -216,11 +212,11 @@ def _splat_backward(
     shape = (means.shape[0], means.shape[1], model.shape[0], box)
     _kernels(means.dtype).splat_backward(
         *shape,
-        *_addresses(*inputs),
+        *addresses(*inputs),
         cutoff,
         grad_images.data_ptr(),
-        *_addresses(*gradients),
-        *(_addresses(*of_poses) if poses else (0, 0)),
+        *addresses(*gradients),
+        *(addresses(*of_poses) if poses else (0, 0)),
         torch.get_num_threads(),
     )
     return (*gradients, *of_poses)
@@ -256,7 +252,7 @@ def _voxelise(means: Tensor, covariances: Tensor, amplitudes: Tensor, box: int, 
     inputs = [t.contiguous() for t in (means, covariances, amplitudes)]
     volumes = means.new_empty(means.shape[0], box, box, box)
     _kernels(means.dtype).voxelise_forward(
-        means.shape[0], means.shape[1], box, *_addresses(*inputs), cutoff, volumes.data_ptr(), torch.get_num_threads()
+        means.shape[0], means.shape[1], box, *addresses(*inputs), cutoff, volumes.data_ptr(), torch.get_num_threads()
     )
     return volumes
 
@@ -278,10 +274,10 @@ def _voxelise_backward(
         means.shape[0],
         means.shape[1],
         box,
-        *_addresses(*inputs),
+        *addresses(*inputs),
         cutoff,
         grad_volumes.data_ptr(),
-        *_addresses(*gradients),
+        *addresses(*gradients),
         torch.get_num_threads(),
     )
     return tuple(gradients)
@@ -313,7 +309,7 @@ def _covariances(quaternions: Tensor, scales: Tensor) -> Tensor:
     inputs = [t.contiguous() for t in (quaternions, scales)]
     entries = scales.new_empty(*scales.shape[:-1], 6)
     count = scales.numel() // 3
-    _kernels(scales.dtype).covariances_forward(count, *_addresses(*inputs), entries.data_ptr(), torch.get_num_threads())
+    _kernels(scales.dtype).covariances_forward(count, *addresses(*inputs), entries.data_ptr(), torch.get_num_threads())
     return entries
 
 
@@ -329,7 +325,7 @@ def _covariances_backward(grad_entries: Tensor, quaternions: Tensor, scales: Ten
     gradients = [torch.empty_like(t) for t in inputs[:2]]
     count = scales.numel() // 3
     _kernels(scales.dtype).covariances_backward(
-        count, *_addresses(*inputs), *_addresses(*gradients), torch.get_num_threads()
+        count, *addresses(*inputs), *addresses(*gradients), torch.get_num_threads()
     )
     return tuple(gradients)
 
@@ -354,7 +350,7 @@ _covariances.register_autograd(_covariances_autograd, setup_context=_covariances
 def _insert(values: Tensor, weights: Tensor, rotations: Tensor, shifts: Tensor, grid: Tensor, sums: Tensor) -> None:
     inputs = [t.contiguous() for t in (torch.view_as_real(values.resolve_conj()), weights, rotations, shifts, grid)]
     shape = (sums.shape[0], values.shape[0], values.shape[1], sums.shape[1])
-    _kernels(sums.dtype).insert(*shape, *_addresses(*inputs), sums.data_ptr(), torch.get_num_threads())
+    _kernels(sums.dtype).insert(*shape, *addresses(*inputs), sums.data_ptr(), torch.get_num_threads())
 
 
 @_insert.register_fake
@@ -362,15 +358,13 @@ def _(values, weights, rotations, shifts, grid, sums):
     return None
 
 
-@_insert.register_kernel("cuda")
-def _(values, weights, rotations, shifts, grid, sums):
-    if not HAS_CUDA_INSERT:
-        raise InputError("insert: this build has no CUDA half; build it where there is nvcc, or use the CPU")
-    inputs = [t.contiguous() for t in (torch.view_as_real(values.resolve_conj()), weights, rotations, shifts, grid)]
-    shape = (sums.shape[0], values.shape[0], values.shape[1], sums.shape[1])
-    kernels = core.cuda.float32 if sums.dtype == torch.float32 else core.cuda.float64
-    # The core has a CUDA runtime of its own, which must be told the device.
-    with torch.cuda.device(sums.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        kernels.insert(*shape, *_addresses(*inputs), sums.data_ptr(), deterministic, stream)
+for _operator, _on_gpu in (
+    (_splat, cudaops.splat),
+    (_splat_backward, cudaops.splat_backward),
+    (_voxelise, cudaops.voxelise),
+    (_voxelise_backward, cudaops.voxelise_backward),
+    (_covariances, cudaops.covariances),
+    (_covariances_backward, cudaops.covariances_backward),
+    (_insert, cudaops.insert),
+):
+    _operator.register_kernel("cuda")(_on_gpu)

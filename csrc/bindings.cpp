@@ -2,40 +2,13 @@
 // has checked shapes, types, devices and contiguity, and owns the memory.
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-
-#include "insert.h"
-#include "splat.h"
+#include "addresses.h"
+#include "cuda/bindings.h"
 
 namespace py = pybind11;
 using namespace cryosplat;
 
 namespace {
-
-typedef std::uintptr_t Address;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class Scalar>
-SplatInputs<Scalar> mixtures(Address means, Address covariances, Address amplitudes) {
-  return {pointer<const Scalar>(means), pointer<const Scalar>(covariances), pointer<const Scalar>(amplitudes),
-          nullptr, nullptr, nullptr};
-}
-
-template <class Scalar>
-SplatInputs<Scalar> inputs(Address means, Address covariances, Address amplitudes, Address rotations, Address shifts,
-                           Address model) {
-  SplatInputs<Scalar> in = mixtures<Scalar>(means, covariances, amplitudes);
-  in.rotations = pointer<const Scalar>(rotations);
-  in.shifts = pointer<const Scalar>(shifts);
-  in.model = pointer<const std::int64_t>(model);
-  return in;
-}
 
 template <class Scalar>
 void bind(py::module_& module) {
@@ -117,27 +90,11 @@ void bind(py::module_& module) {
 }
 
 #ifdef CRYOSPLAT_CUDA_ARCHITECTURES
-template <class Scalar>
-void bind_cuda(py::module_&& module) {
-  module.def(
-      "insert",
-      [](std::int64_t grids, std::int64_t views, std::int64_t box, std::int64_t padded, Address values, Address weights,
-         Address rotations, Address shifts, Address grid, Address accumulators, bool deterministic, Address stream) {
-        const char* message = cuda::insert<Scalar>(
-            {grids, views, box, padded},
-            {pointer<const Scalar>(values), pointer<const Scalar>(weights), pointer<const Scalar>(rotations),
-             pointer<const Scalar>(shifts), pointer<const std::int64_t>(grid)},
-            pointer<Scalar>(accumulators), deterministic, pointer<void>(stream));
-        if (message) throw std::runtime_error(std::string("insertion did not start on the GPU: ") + message);
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
 void bind_cuda_half(py::module_& module) {
   module.attr("cuda_architectures") = CRYOSPLAT_CUDA_ARCHITECTURES;
   py::module_ cuda = module.def_submodule("cuda", "kernels on NVIDIA GPUs");
-  bind_cuda<float>(cuda.def_submodule("float32", "kernels in single precision"));
-  bind_cuda<double>(cuda.def_submodule("float64", "kernels in double precision"));
+  cuda::bind<float>(cuda.def_submodule("float32", "kernels in single precision"));
+  cuda::bind<double>(cuda.def_submodule("float64", "kernels in double precision"));
 }
 #else
 void bind_cuda_half(py::module_& module) { module.attr("cuda_architectures") = ""; }

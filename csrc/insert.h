@@ -40,6 +40,8 @@
 
 #include <cstdint>
 
+#include "stream.h"
+
 namespace cryosplat {
 
 struct InsertShape {
@@ -68,12 +70,11 @@ void insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar* accumulator
 
 namespace cuda {
 
-// The same on the GPU that is current, in `stream` (a cudaStream_t), without waiting and without memory of its own; all
-// addresses are the GPU's, that of accumulators divisible by 16. Returns null, or what the CUDA runtime has against the
-// launch. `deterministic`: the same bits on every run, for equal V; else additions race, and rounding with them.
+// The same on a GPU, without waiting and without memory of its own; the address of accumulators is divisible by 16.
+// Returns null, or what the CUDA runtime has against the launch. `deterministic`: the same bits on every run, for equal V; else additions race, and rounding with them.
 template <class Scalar>
 const char* insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar* accumulators, bool deterministic,
-                   void* stream);
+                   const Stream& stream);
 
 }  // namespace cuda
 }  // namespace cryosplat

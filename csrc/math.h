@@ -123,7 +123,7 @@ CRYOSPLAT_HOST_DEVICE T determinant(const Symmetric2<T>& c) {
 
 template <class T>
 CRYOSPLAT_HOST_DEVICE Symmetric2<T> inverse(const Symmetric2<T>& c, T det) {
-  const T s = T{} + 1.0 / det;
+  const T s = T{} + 1.0f / det;
   return {c.yy * s, -c.xy * s, c.xx * s};
 }
 
@@ -160,7 +160,7 @@ CRYOSPLAT_HOST_DEVICE PlanarGradient<T> planar_gradient(const Moments2<T>& m, co
   // Q = P <d d^T>, row by row; then dL/dC = A/2 (Q P - <1> P).
   const T q_xx = p.xx * m.xx + p.xy * m.xy, q_xy = p.xx * m.xy + p.xy * m.yy;
   const T q_yx = p.xy * m.xx + p.yy * m.xy, q_yy = p.xy * m.xy + p.yy * m.yy;
-  const T half = amplitude * 0.5;
+  const T half = amplitude * 0.5f;
   return {m.one,
           {amplitude * (p.xx * m.x + p.xy * m.y), amplitude * (p.xy * m.x + p.yy * m.y)},
           {half * (q_xx * p.xx + q_xy * p.xy - m.one * p.xx),  //
@@ -184,17 +184,17 @@ CRYOSPLAT_HOST_DEVICE Symmetric3<T> covariance_gradient(const PlanarGradient<T>&
   const Vector3<T> h_x{h.xx * r.x.x + h.xy * r.y.x, h.xx * r.x.y + h.xy * r.y.y, h.xx * r.x.z + h.xy * r.y.z};
   const Vector3<T> h_y{h.xy * r.x.x + h.yy * r.y.x, h.xy * r.x.y + h.yy * r.y.y, h.xy * r.x.z + h.yy * r.y.z};
   return {r.x.x * h_x.x + r.y.x * h_y.x,          //
-          (r.x.x * h_x.y + r.y.x * h_y.y) * 2.0,  //
-          (r.x.x * h_x.z + r.y.x * h_y.z) * 2.0,  //
+          (r.x.x * h_x.y + r.y.x * h_y.y) * 2.0f,  //
+          (r.x.x * h_x.z + r.y.x * h_y.z) * 2.0f,  //
           r.x.y * h_x.y + r.y.y * h_y.y,          //
-          (r.x.y * h_x.z + r.y.y * h_y.z) * 2.0,  //
+          (r.x.y * h_x.z + r.y.y * h_y.z) * 2.0f,  //
           r.x.z * h_x.z + r.y.z * h_y.z};
 }
 
 template <class T>
 CRYOSPLAT_HOST_DEVICE ViewRows<T> rotation_gradient(const PlanarGradient<T>& g, const ProjectedCovariance<T>& p,
                                                     const Vector3<T>& mu) {
-  const T xx = g.covariance.xx * 2.0, xy = g.covariance.xy * 2.0, yy = g.covariance.yy * 2.0;
+  const T xx = g.covariance.xx * 2.0f, xy = g.covariance.xy * 2.0f, yy = g.covariance.yy * 2.0f;
   return {{xx * p.s_rx.x + xy * p.s_ry.x + g.mean.x * mu.x,  //
            xx * p.s_rx.y + xy * p.s_ry.y + g.mean.x * mu.y,  //
            xx * p.s_rx.z + xy * p.s_ry.z + g.mean.x * mu.z},
@@ -240,11 +240,11 @@ CRYOSPLAT_HOST_DEVICE SolidGradient<T> solid_gradient(const Moments3<T>& m, cons
   const Vector2<T> dslope{amplitude * (k.p.xx * m.planar_z.x + k.p.xy * m.planar_z.y),
                           amplitude * (k.p.xy * m.planar_z.x + k.p.yy * m.planar_z.y)};
   const Vector2<T> h_slope{h.xx * k.slope.x + h.xy * k.slope.y, h.xy * k.slope.x + h.yy * k.slope.y};
-  const T zz = amplitude * 0.5 * iv * (m.zz * iv - m.planar.one) -
+  const T zz = amplitude * 0.5f * iv * (m.zz * iv - m.planar.one) -
                (k.slope.x * dslope.x + k.slope.y * dslope.y) * iv + k.slope.x * h_slope.x + k.slope.y * h_slope.y;
   return {g.amplitude,
           {g.mean.x, g.mean.y, amplitude * m.z * iv - k.slope.x * g.mean.x - k.slope.y * g.mean.y},
-          {h.xx, h.xy * 2.0, dslope.x * iv - h_slope.x * 2.0, h.yy, dslope.y * iv - h_slope.y * 2.0, zz}};
+          {h.xx, h.xy * 2.0f, dslope.x * iv - h_slope.x * 2.0f, h.yy, dslope.y * iv - h_slope.y * 2.0f, zz}};
 }
 
 }  // namespace CRYOSPLAT_ISA

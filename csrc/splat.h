@@ -45,6 +45,8 @@
 
 #include <cstdint>
 
+#include "stream.h"
+
 namespace cryosplat {
 
 struct SplatShape {
@@ -109,4 +111,50 @@ void covariances_backward(std::int64_t count, const Scalar* quaternions, const S
 const char* instruction_set();
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The same on a GPU, without waiting and without memory of their own: `workspace` has as many bytes as the function of
+// that name with `_bytes` says, at an address divisible by 256, and nothing in it outlasts the call. They return null,
+// or what the CUDA runtime has against a launch. Sums run in an order that depends on shapes alone: the same bits on
+// every run. D is at most 4096. A view of a model that does not exist is NaN.
+
+template <class Scalar>
+std::int64_t splat_forward_bytes(const SplatShape&);
+
+template <class Scalar>
+const char* splat_forward(const SplatShape&, const SplatInputs<Scalar>&, double cutoff, Scalar* images, void* workspace,
+                          const Stream&);
+
+template <class Scalar>
+std::int64_t splat_backward_bytes(const SplatShape&, bool poses);
+
+template <class Scalar>
+const char* splat_backward(const SplatShape&, const SplatInputs<Scalar>&, double cutoff, const Scalar* grad_images,
+                           const SplatGradients<Scalar>&, void* workspace, const Stream&);
+
+template <class Scalar>
+std::int64_t voxelise_forward_bytes(const SplatShape&);
+
+template <class Scalar>
+const char* voxelise_forward(const SplatShape&, const SplatInputs<Scalar>&, double cutoff, Scalar* volumes,
+                             void* workspace, const Stream&);
+
+template <class Scalar>
+std::int64_t voxelise_backward_bytes(const SplatShape&);
+
+template <class Scalar>
+const char* voxelise_backward(const SplatShape&, const SplatInputs<Scalar>&, double cutoff, const Scalar* grad_volumes,
+                              const SplatGradients<Scalar>&, void* workspace, const Stream&);
+
+template <class Scalar>
+const char* covariances_forward(std::int64_t count, const Scalar* quaternions, const Scalar* scales,
+                                Scalar* covariances, const Stream&);
+
+template <class Scalar>
+const char* covariances_backward(std::int64_t count, const Scalar* quaternions, const Scalar* scales,
+                                 const Scalar* grad_covariances, Scalar* grad_quaternions, Scalar* grad_scales,
+                                 const Stream&);
+
+}  // namespace cuda
 }  // namespace cryosplat

@@ -141,27 +141,27 @@ def cuda_tree(tmp_path_factory) -> Path:
 
 
 def in_core(tree: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
-    code = f"from cryosplat._extension import HAS_CUDA, HAS_CUDA_INSERT, core; {code}"
+    code = f"from cryosplat._extension import HAS_CUDA, core; {code}"
     return run(sys.executable, "-S", "-c", code, cwd=tree, **environment)
 
 
 def test_without_cuda_the_core_says_so(tree):
-    done = in_core(tree, "print(repr(core.cuda_architectures), HAS_CUDA, HAS_CUDA_INSERT, hasattr(core, 'cuda'))")
-    assert done.stdout.split() == ["''", "False", "False", "False"], done.stderr
+    done = in_core(tree, "print(repr(core.cuda_architectures), HAS_CUDA, hasattr(core, 'cuda'))")
+    assert done.stdout.split() == ["''", "False", "False"], done.stderr
 
 
 @needs_nvcc
 def test_the_cuda_half_loads_and_answers_without_a_driver(cuda_tree):
-    done = in_core(cuda_tree, "print(core.cuda_architectures, HAS_CUDA_INSERT, core.cuda.float64.insert is not None)")
+    done = in_core(cuda_tree, "print(core.cuda_architectures, HAS_CUDA, core.cuda.float64.insert is not None)")
     assert done.stdout.split() == ["75", "90", "True", "True"], done.stderr
     # No views: nothing to launch, so no driver is asked for.
-    nothing = in_core(cuda_tree, "print(core.cuda.float32.insert(1, 0, 4, 4, 0, 0, 0, 0, 0, 0, True, 0))")
+    nothing = in_core(cuda_tree, "print(core.cuda.float32.insert(1, 0, 4, 4, 0, 0, 0, 0, 0, 0, True, 0, 0))")
     assert nothing.stdout.strip() == "None", nothing.stderr
 
 
 @needs_nvcc
 def test_a_launch_that_fails_says_why(cuda_tree):
-    code = "core.cuda.float32.insert(1, 1, 4, 4, 0, 0, 0, 0, 0, 0, True, 0)"
+    code = "core.cuda.float32.insert(1, 1, 4, 4, 0, 0, 0, 0, 0, 0, True, 0, 0)"
     message = in_core(cuda_tree, code, CUDA_VISIBLE_DEVICES="").stderr
     assert "RuntimeError: insertion did not start on the GPU: " in message
     assert re.search("driver|device", message.splitlines()[-1])

@@ -13,7 +13,7 @@ import torch
 from insertion_reference import half_disc, insert_reference
 from scipy.spatial.transform import Rotation
 
-from cryosplat._extension import HAS_CUDA_INSERT, core
+from cryosplat._extension import HAS_CUDA, core
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +29,7 @@ const char* insert(const std::int64_t* shape, const void* const* in, void* accum
   return cuda::insert<T>({shape[0], shape[1], shape[2], shape[3]},
                          {static_cast<const T*>(in[0]), static_cast<const T*>(in[1]), static_cast<const T*>(in[2]),
                           static_cast<const T*>(in[3]), static_cast<const std::int64_t*>(in[4])},
-                         static_cast<T*>(accumulators), deterministic, nullptr);
+                         static_cast<T*>(accumulators), deterministic, {0, nullptr});
 }
 
 extern "C" const char* insert_float32(const std::int64_t* s, const void* const* in, void* to, bool d, bool b) {
@@ -43,7 +43,7 @@ extern "C" const char* insert_float64(const std::int64_t* s, const void* const* 
 SCALARS = {"float32": (np.float32, np.complex64), "float64": (np.float64, np.complex128)}
 WAYS = [pytest.param(False, id="scatter"), pytest.param(True, id="gather")]
 needs_gpu = pytest.mark.skipif(
-    not (torch.cuda.is_available() and HAS_CUDA_INSERT), reason="no GPU here, or the core was built without CUDA"
+    not (torch.cuda.is_available() and HAS_CUDA), reason="no GPU here, or the core was built without CUDA"
 )
 
 

@@ -13,7 +13,7 @@ from insertion_reference import half_disc, insert_reference
 from scipy.spatial.transform import Rotation
 
 from cryosplat import ops
-from cryosplat._extension import HAS_CUDA_INSERT, core
+from cryosplat._extension import HAS_CUDA, core
 from cryosplat.errors import InputError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}  # relative L2 of n, d and g
@@ -253,7 +253,7 @@ def test_a_bad_argument_is_refused_by_name(what):
         ops.insert(**{**good, name: value})
 
 
-@pytest.mark.skipif(not HAS_CUDA_INSERT, reason="the core was built without CUDA")
+@pytest.mark.skipif(not HAS_CUDA, reason="the core was built without CUDA")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -315,7 +315,7 @@ constexpr Index most_layers = 1024, most_blocks = 2147483647;
 
 template <class Scalar>
 const char* insert(const InsertShape& shape, const InsertInputs<Scalar>& in, Scalar* accumulators, bool deterministic,
-                   void* stream) {
+                   const Stream& stream) {
   if (shape.views == 0 || shape.grids == 0) return nullptr;
   if (reinterpret_cast<std::uintptr_t>(accumulators) % alignof(Voxel<Scalar>)) {
     return "the accumulators' address is not divisible by 16";
@@ -337,8 +337,8 @@ const char* insert(const InsertShape& shape, const InsertInputs<Scalar>& in, Sca
   return launch(insert_scatter<Scalar>, blocks, threads, stream, plan, in, voxels);
 }
 
-template const char* insert(const InsertShape&, const InsertInputs<float>&, float*, bool, void*);
-template const char* insert(const InsertShape&, const InsertInputs<double>&, double*, bool, void*);
+template const char* insert(const InsertShape&, const InsertInputs<float>&, float*, bool, const Stream&);
+template const char* insert(const InsertShape&, const InsertInputs<double>&, double*, bool, const Stream&);
 
 }  // namespace cuda
 }  // namespace cryosplat

@@ -1,0 +1,218 @@
+// Drawing by gathering: every pixel's sum is made in a register, in the order of the Gaussians, without atomics. So the
+// result is the same on every run.
+//
+// A layer (the image of a view, the plane of a volume) is cut into regions of 32 x 32 pixels, a block each, and these
+// into tiles of 8 x 8, a warp each. Which Gaussians reach a region is a row of bits, a bit a Gaussian, which the kernels
+// that prepare footprints write by ballots: no sorting, no counting, a size that is known beforehand, and an order that
+// is kept. The block takes up to `chunk` set bits at a time, stages their footprints in shared memory, and each warp
+// picks those of its tile. Four groups of 8 lanes, a lane a column, then take a Gaussian each, with the tile's rows in
+// registers; the groups' sums are added at the end.
+#pragma once
+
+#include "footprint.h"
+
+namespace cryosplat {
+namespace cuda {
+
+namespace {
+
+constexpr int tile_side = 8, region_side = 32;
+static_assert(tile_side == group_lanes, "a lane is a column of a tile");
+constexpr int tiles_along = region_side / tile_side, tiles_in_region = tiles_along * tiles_along;
+constexpr int draw_threads = warp_lanes * tiles_in_region;
+constexpr int chunk = 256;
+
+// Threads of the kernels that prepare, a Gaussian each; they write whole sectors of 8 words to the rows of bits.
+constexpr int prepare_threads = 256, words_in_block = prepare_threads / warp_lanes;
+constexpr int most_regions_along = largest_box / region_side;
+
+// The rows of bits: (layers, regions along y, regions along x, words).
+struct Bits {
+  unsigned* words;
+  int regions_along;
+  int words_in_row;
+
+  __host__ __device__ Index row(Index layer, int region) const {
+    return (layer * regions_along * regions_along + region) * words_in_row;
+  }
+};
+
+inline Bits bits_of(Index gaussians, Index box) {
+  return {nullptr, int(pieces(box, region_side)), int(pieces(gaussians, prepare_threads) * words_in_block)};
+}
+
+inline Index count_words(const Bits& bits, Index layers) {
+  return layers * bits.regions_along * bits.regions_along * bits.words_in_row;
+}
+
+// Which Gaussians of a block reach each region along an axis.
+struct AxisBits {
+  unsigned of_region[most_regions_along][words_in_block];
+
+  __device__ void set(Range range, int regions) {
+    const int lane = int(threadIdx.x) % warp_lanes, warp = int(threadIdx.x) / warp_lanes;
+    for (int region = 0; region < regions; ++region) {
+      const bool reaches = range.first < (region + 1) * region_side && range.last >= region * region_side;
+      const unsigned word = __ballot_sync(all_lanes, reaches && !is_empty(range));
+      if (lane == 0) of_region[region][warp] = word;
+    }
+  }
+};
+
+// Writes the words of a block of Gaussians, number `block`, in the rows of a layer. Called by the whole block, after a
+// barrier. `of_layer` is a word's part that reaches the layer at all.
+__device__ inline void write_bits(const Bits& bits, Index layer, Index block, const AxisBits& columns,
+                                  const AxisBits& rows, const unsigned* of_layer) {
+  const int regions = bits.regions_along * bits.regions_along;
+  for (int i = int(threadIdx.x); i < regions * words_in_block; i += prepare_threads) {
+    const int word = i % words_in_block, region = i / words_in_block;
+    const unsigned reached = columns.of_region[region % bits.regions_along][word] &
+                             rows.of_region[region / bits.regions_along][word] & of_layer[word];
+    bits.words[bits.row(layer, region) + block * words_in_block + word] = reached;
+  }
+}
+
+// Footprints as the warps of a block read them: whole numbers as T too, so that no lane converts.
+template <class T>
+struct StagedFootprints {
+  struct alignas(16) Centre {
+    T mean_x, mean_y, first_x, first_y;
+  } centre[chunk];
+  struct alignas(16) Shape {
+    T scaled_xx, slope, scaled_yy, height;
+  } shape[chunk];
+  struct alignas(16) Extent {
+    Range x, y;
+    T decay;
+    int steep;
+  } extent[chunk];
+
+  __device__ void put(int at, const Footprint<T>& f, T mildest) {
+    const T scaled_yy = f.p_yy * T(half_log2_e);
+    centre[at] = {f.mean_x, f.mean_y, T(f.x.first), T(f.y.first)};
+    shape[at] = {f.inverse_xx * T(half_log2_e), f.slope, scaled_yy, f.height};
+    extent[at] = {f.x, f.y, exp2_of(-2 * scaled_yy), is_steep(f, mildest)};
+  }
+};
+
+// Adds the footprint's part in a column of a tile whose first pixel is (x, y).
+template <class T>
+__device__ void add_column(const StagedFootprints<T>& staged, int at, int x, int y, T (&sums)[tile_side]) {
+  const auto extent = staged.extent[at];
+  const int first = larger_of(extent.y.first - y, 0), last = smaller_of(extent.y.last - y, tile_side - 1);
+  if (x < extent.x.first || x > extent.x.last || last < first) return;
+  const auto centre = staged.centre[at];
+  const auto shape = staged.shape[at];
+  const T dx = (T(x) - centre.first_x) - centre.mean_x;
+  T e = shape.slope * dx + ((fmax(T(y), centre.first_y) - centre.first_y) - centre.mean_y);
+  const T scaled_xx = shape.scaled_xx * dx * dx;
+  if (extent.steep) {
+#pragma unroll
+    for (int row = 0; row < tile_side; ++row) {
+      if (row < first || row > last) continue;
+      sums[row] += shape.height * start_column(scaled_xx, shape.scaled_yy, e).g;
+      e += 1;
+    }
+    return;
+  }
+  Column<T> column = start_column(scaled_xx, shape.scaled_yy, e);
+#pragma unroll
+  for (int row = 0; row < tile_side; ++row) {
+    if (row < first || row > last) continue;
+    sums[row] += shape.height * column.g;
+    column.g *= column.r;
+    column.r *= extent.decay;
+  }
+}
+
+// The sum of `count` over the threads before this one of a block of draw_threads, and over all of them.
+struct Before {
+  int mine, total;
+};
+
+__device__ inline Before count_before(int count, int* of_warps) {
+  const int lane = int(threadIdx.x) % warp_lanes, warp = int(threadIdx.x) / warp_lanes;
+  int inclusive = count;
+#pragma unroll
+  for (int step = 1; step < warp_lanes; step *= 2) {
+    const int other = __shfl_up_sync(all_lanes, inclusive, step);
+    if (lane >= step) inclusive += other;
+  }
+  if (lane == warp_lanes - 1) of_warps[warp] = inclusive;
+  __syncthreads();
+  Before before = {inclusive - count, 0};
+#pragma unroll
+  for (int other = 0; other < tiles_in_region; ++other) {
+    if (other < warp) before.mine += of_warps[other];
+    before.total += of_warps[other];
+  }
+  return before;
+}
+
+// The footprints of a chunk that a tile meets, in order. Returns their number; `mine` receives their places.
+template <class T>
+__device__ int pick(const StagedFootprints<T>& staged, int count, int x, int y, unsigned char* mine) {
+  const int lane = int(threadIdx.x) % warp_lanes;
+  int picked = 0;
+  for (int first = 0; first < count; first += warp_lanes) {
+    const int at = first + lane;
+    bool meets = false;
+    if (at < count) {
+      const Range in_x = staged.extent[at].x, in_y = staged.extent[at].y;
+      meets = in_x.first < x + tile_side && in_x.last >= x && in_y.first < y + tile_side && in_y.last >= y;
+    }
+    const unsigned met = __ballot_sync(all_lanes, meets);
+    if (meets) mine[picked + __popc(met & ((1u << lane) - 1))] = static_cast<unsigned char>(at);
+    picked += __popc(met);
+  }
+  __syncwarp();
+  return picked;
+}
+
+// Draws region `region` of layer `layer` of images (layers, D, D). footprint_of(layer, g) makes footprints;
+// `bits_layer` is where the rows of bits have the layer.
+template <class T, class Source>
+__device__ void draw_region(const Source& footprint_of, const Bits& bits, Index layer, Index bits_layer, int region,
+                            int box, T mildest, T* __restrict__ images) {
+  __shared__ StagedFootprints<T> staged;
+  __shared__ int entries[chunk];
+  __shared__ int of_warps[tiles_in_region];
+  __shared__ unsigned char picked[tiles_in_region][chunk];
+  const int thread = int(threadIdx.x), lane = thread % warp_lanes, warp = thread / warp_lanes;
+  const int column = lane % group_lanes, group = lane / group_lanes;
+  const int tile_x = region % bits.regions_along * region_side + warp % tiles_along * tile_side;
+  const int tile_y = region / bits.regions_along * region_side + warp / tiles_along * tile_side;
+  const unsigned* row = bits.words + bits.row(bits_layer, region);
+  T sums[tile_side] = {};
+  for (int first = 0; first < bits.words_in_row; first += draw_threads) {
+    const int word = first + thread;
+    unsigned left = word < bits.words_in_row ? row[word] : 0;
+    const Before before = count_before(__popc(left), of_warps);
+    int rank = before.mine;
+    for (int done = 0; done < before.total; done += chunk) {
+      const int count = smaller_of(before.total - done, chunk);
+      for (; left && rank < done + chunk; left &= left - 1, ++rank)
+        entries[rank - done] = word * warp_lanes + __ffs(int(left)) - 1;
+      __syncthreads();
+      if (thread < count) staged.put(thread, footprint_of(layer, entries[thread]), mildest);
+      __syncthreads();
+      const int mine = pick(staged, count, tile_x, tile_y, picked[warp]);
+      for (int i = group; i < mine; i += groups_in_warp)
+        add_column(staged, picked[warp][i], tile_x + column, tile_y, sums);
+      __syncthreads();
+    }
+    if (before.total == 0) __syncthreads();  // of_warps has been read
+  }
+  const int x = tile_x + column;
+#pragma unroll
+  for (int k = 0; k < tile_side; ++k) {
+    const T sum = sum_over_groups(sums[k]);
+    const int y = tile_y + k;
+    if (k % groups_in_warp == group && x < box && y < box) images[(layer * box + y) * box + x] = sum;
+  }
+}
+
+}  // namespace
+
+}  // namespace cuda
+}  // namespace cryosplat
