@@ -66,7 +66,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # Compiles only what has changed since the installation.
-$(BUILT): $(INSTALLED) setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+$(BUILT): $(INSTALLED) setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 

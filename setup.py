@@ -4,10 +4,11 @@ The core knows nothing of PyTorch (Python passes it raw pointers), so pip's buil
 only, and one binary serves every torch version. It serves every x86-64 node of a cluster too: the kernels are compiled
 once per instruction set and chosen at run time, never with -march=native.
 
-Where nvcc is found, the CUDA half is compiled too, for the architectures that CRYOSPLAT_CUDA_ARCH names ("90", or
-several: "80,90") or, without it, for those of ARCHITECTURES that this nvcc knows; CRYOSPLAT_CUDA_ARCH=off leaves it
-out. The CUDA runtime is linked statically and looks for a driver at its first call, so the file loads where there is
-none.
+Where nvcc of CUDA 12.4 or newer is found, the CUDA half is compiled too, every csrc/cuda/*.cu, for the architectures
+that CRYOSPLAT_CUDA_ARCH names ("90", or several: "80,90") or, without it, for those of ARCHITECTURES that this nvcc
+knows; CRYOSPLAT_CUDA_ARCH=off leaves it out. The CUDA runtime is linked statically and looks for a driver at its first
+call, so the file loads where there is none. What each kernel takes of a GPU is printed and stays in
+build/core.../cuda_resources.json; one that should not spill and does stops the build, but for CRYOSPLAT_ALLOW_SPILLS=1.
 
 CXX, CXXFLAGS, LDFLAGS, CUDA_HOME and MAX_JOBS are honoured. Objects stay in build/, one folder per Python, so a second
 build compiles only what changed; ninja takes header dependencies from the compiler.
@@ -19,6 +20,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,19 +45,22 @@ INSTRUCTION_SETS = {
 # NaN and infinity as above: no --use_fast_math. Registers and spills of every kernel go to the log beside the object.
 CUDA_FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings "
-    "-Wno-deprecated-gpu-targets -Xptxas -v --threads 2"
+    "-Wno-deprecated-gpu-targets -Xptxas -v"
 ).split()
 
-# Volta (up to CUDA 12), Turing, A100, RTX 30, RTX 40 and L40, H100 and H200, B200, RTX 50. A device between two of them
-# runs the code of the one below with the same first digits; one above them compiles the PTX of the last when it loads.
+# Volta (up to CUDA 12), Turing, A100, RTX 30, RTX 40 and L40, H100 and H200, B200, RTX 50 (both since CUDA 12.8). A
+# device between two of them runs the code of the one below with the same first digits.
 ARCHITECTURES = ("70", "75", "80", "86", "89", "90", "100", "120")
+
+OLDEST_CUDA, NEWEST_CUDA = (12, 4), 13  # a version, and the number that those tried so far begin with
 
 CUDA_HOME = "/usr/local/cuda"  # where NVIDIA's installers put it
 
 BINDINGS = "csrc/bindings.cpp"
 DISPATCH = "csrc/cpu/dispatch.cpp"
 KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
-CUDA_KERNELS = sorted(f"csrc/cuda/{file.name}" for file in Path(__file__).resolve().parent.glob("csrc/cuda/*.cu"))
+CUDA_FOLDER = "csrc/cuda"
+RESOURCES = "csrc/resources.py"
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,22 @@ class Cuda:
     """What the CUDA half is compiled with."""
 
     nvcc: str
+    version: str  # "13.0"
     architectures: tuple[str, ...]
     libraries: tuple[str, ...]  # of the linker: the static runtime and what it needs
 
     def flags(self) -> list[str]:
-        *others, last = self.architectures
-        codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in others]
-        return [*codes, f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"]
+        """Machine code of every architecture, and PTX, which the driver compiles when it loads it, of two.
+
+        PTX runs on no chip older than its own, so that of the lowest serves all that lie between and have no code with
+        their first digits (sm_110 here, or an A100 with "75,90"). Chips above the highest would do with it too, but
+        its newer PTX has the newer instructions (insert.cu has one).
+        """
+        with_ptx = {self.architectures[0], self.architectures[-1]}
+        codes = {
+            name: f"[sm_{name},compute_{name}]" if name in with_ptx else f"sm_{name}" for name in self.architectures
+        }
+        return [f"-gencode=arch=compute_{name},code={code}" for name, code in codes.items()]
 
 
 def is_x86() -> bool:
@@ -83,6 +97,7 @@ def compile_units(cuda: Cuda | None) -> list[tuple[str, str, str, list[str]]]:
     bindings = [f"-I{folder}" for folder in find_includes()]
     if cuda:
         bindings.append(f'-DCRYOSPLAT_CUDA_ARCHITECTURES="{" ".join(cuda.architectures)}"')
+        bindings.append(f'-DCRYOSPLAT_CUDA_VERSION="{cuda.version}"')
     units = [
         ("compile", BINDINGS, "bindings.o", bindings),
         ("compile", DISPATCH, "dispatch.o", [] if is_x86() else ["-DCRYOSPLAT_ONLY_BASELINE"]),
@@ -90,8 +105,14 @@ def compile_units(cuda: Cuda | None) -> list[tuple[str, str, str, list[str]]]:
     for name, flags in sets.items():
         units.append(("compile", KERNELS, f"kernels.{name}.o", [f"-DCRYOSPLAT_ISA={name}", *flags]))
     if cuda:
-        units += [("compile_cuda", file, f"{Path(file).stem}.cuda.o", cuda.flags()) for file in CUDA_KERNELS]
+        units += [("compile_cuda", source, f"{Path(source).stem}.cuda.o", cuda.flags()) for source in cuda_sources()]
     return units
+
+
+def cuda_sources() -> list[str]:
+    """Every kernel file, so that a new one is compiled and linked by being there."""
+    root = Path(__file__).resolve().parent
+    return [str(path.relative_to(root)) for path in sorted((root / CUDA_FOLDER).glob("*.cu"))]
 
 
 def find_cuda() -> Cuda | None:
@@ -108,7 +129,23 @@ def find_cuda() -> Cuda | None:
             )
         print(f"cryosplat: {where}, so this build is for CPUs only", flush=True)
         return None
-    return Cuda(nvcc, choose_architectures(nvcc, wanted), find_cuda_libraries(nvcc))
+    return Cuda(nvcc, find_version(nvcc), choose_architectures(nvcc, wanted), find_cuda_libraries(nvcc))
+
+
+def find_version(nvcc: str) -> str:
+    found = re.search(r"release (\d+)\.(\d+)", ask_nvcc(nvcc, "--version"))
+    if found is None:
+        raise PlatformError(f"{nvcc} --version names no release; CRYOSPLAT_CUDA_ARCH=off builds without CUDA")
+    version = int(found[1]), int(found[2])
+    if version < OLDEST_CUDA:
+        raise PlatformError(
+            f"{nvcc} is of CUDA {found[1]}.{found[2]}, and cryosplat needs {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} or newer. "
+            "Set CUDA_HOME to a newer toolkit (CUDA_HOME=/usr/local/cuda-13.0), or CRYOSPLAT_CUDA_ARCH=off for a build "
+            "without CUDA"
+        )
+    if version[0] > NEWEST_CUDA:
+        print(f"cryosplat: {nvcc} is of CUDA {version[0]}, and none after {NEWEST_CUDA} has been tried", flush=True)
+    return f"{version[0]}.{version[1]}"
 
 
 def choose_architectures(nvcc: str, wanted: str) -> tuple[str, ...]:
@@ -208,6 +245,9 @@ rule compile_cuda
   depfile = $out.d
   deps = gcc
   description = compile $out
+rule report
+  command = $python $logs $own -o $out
+  description = write $out
 rule link
   command = $cxx -o $out $in $link
   description = link $out
@@ -230,15 +270,45 @@ def write_ninja(folder: Path, library: Path, cuda: Cuda | None) -> Path:
         f"cuda_flags = {ninja_words([*CUDA_FLAGS, '-ccbin', host])}",
         RULES,
     ]
-    objects = []
-    for rule, source, name, own in compile_units(cuda):
-        objects.append(ninja_path(folder / name))
-        lines.append(f"build {objects[-1]}: {rule} {ninja_path(root / source)}")
+    units = compile_units(cuda)
+    objects = [folder / name for _, _, name, _ in units]
+    for (rule, source, _, own), compiled in zip(units, objects, strict=True):
+        lines.append(f"build {ninja_path(compiled)}: {rule} {ninja_path(root / source)}")
         lines.append(f"  own = {ninja_words(own)}")
-    lines.append(f"build {ninja_path(library)}: link {' '.join(objects)}")
+    report = folder / "cuda_resources.json"
+    if cuda:
+        lines += report_lines(report, cuda, objects)
+    else:
+        report.unlink(missing_ok=True)  # of a build before
+    before_linking = f" | {ninja_path(report)}" if cuda else ""
+    lines.append(f"build {ninja_path(library)}: link {' '.join(map(ninja_path, objects))}{before_linking}")
     file = folder / "build.ninja"
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+def report_lines(report: Path, cuda: Cuda, objects: list[Path]) -> list[str]:
+    """ninja's lines for what reads the CUDA compiler's logs."""
+    script = Path(__file__).resolve().parent / RESOURCES
+    compiled = [path for path in objects if path.name.endswith(".cuda.o")]
+    own = ["--cuda", cuda.version]
+    if os.environ.get("CRYOSPLAT_ALLOW_SPILLS", "") not in ("", "0"):
+        own.append("--allow-spills")
+    return [
+        f"build {ninja_path(report)}: report {' '.join(map(ninja_path, compiled))} | {ninja_path(script)}",
+        f"  python = {ninja_words([sys.executable, str(script)])}",
+        f"  logs = {ninja_words([f'{path}.log' for path in compiled])}",
+        f"  own = {ninja_words(own)}",
+    ]
+
+
+def spread_threads(jobs: int) -> str:
+    """NVCC_APPEND_FLAGS that have nvcc compile for several architectures at a time, where ``jobs`` outnumber sources.
+
+    In the environment, because ninja would compile all anew for another number on the command line.
+    """
+    threads = -(-jobs // max(len(cuda_sources()), 1))
+    return f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads {threads}".strip()
 
 
 class NinjaBuild(build_ext):
@@ -249,10 +319,10 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / f"_C{suffix}"
         cuda = find_cuda()
-        command = [find_ninja(), "-f", str(write_ninja(folder, library, cuda))]
-        if os.environ.get("MAX_JOBS"):
-            command += ["-j", os.environ["MAX_JOBS"]]
-        if subprocess.run(command, cwd=folder).returncode:
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        command = [find_ninja(), "-f", str(write_ninja(folder, library, cuda)), "-j", jobs]
+        environment = {**os.environ, "NVCC_APPEND_FLAGS": spread_threads(int(jobs))}
+        if subprocess.run(command, cwd=folder, env=environment).returncode:
             without = "; CRYOSPLAT_CUDA_ARCH=off leaves the CUDA half out" if cuda else ""
             raise CompileError(
                 f"the compiled core of cryosplat did not build; the compiler's messages are above{without}"
@@ -263,6 +333,6 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("cryosplat._C", [BINDINGS, DISPATCH, KERNELS, *CUDA_KERNELS])],
+    ext_modules=[Extension("cryosplat._C", [BINDINGS, DISPATCH, KERNELS, *cuda_sources()])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 if interrupted, 1 for a run that
-    ``validate`` finds wanting."""
+    ``validate`` or an installation that ``doctor`` finds wanting."""
     parser = argparse.ArgumentParser(
         prog="cryosplat",
         description="Cryo-EM homogeneous reconstruction by Gaussian splatting: particle images with known poses and "
@@ -161,6 +161,16 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=validation.run)
 
 
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import doctor
+
+    parser.description = (
+        "Say what was built, what this machine has, whether its GPUs can be used and, if not, what to do. The exit "
+        "status is 1 if no run could start here."
+    )
+    parser.set_defaults(run=doctor.run)
+
+
 _COMMANDS = {
     "train": ("reconstruct a particle stack", _train),
     "validate": ("say what a run's resolution is worth, by null tests", _validate),
@@ -169,6 +179,7 @@ _COMMANDS = {
     "voxelise": ("map of a Gaussian mixture", _voxelise),
     "postprocess": ("sharpen a map", _postprocess),
     "fsc": ("resolution of two half maps, or of a map against a reference", _fsc),
+    "doctor": ("what was built, what this machine has, and whether its GPUs can be used", _doctor),
     "info": ("what a run directory, mixture, map or stack holds", _info),
 }
 

@@ -29,8 +29,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cryosplat._extension import HAS_CUDA
+from cryosplat._extension import core
 from cryosplat.config import Config
+from cryosplat.devices import find_facts, obstacles
 from cryosplat.errors import InputError, PeerError, PeerGone
 
 _LOG = logging.getLogger("cryosplat")
@@ -238,16 +239,32 @@ def first_host(nodes: str) -> str:
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """The device of a rank: by local rank among the visible GPUs, round and round.
 
-    "auto" is the CPU wherever there is no GPU, or the compiled core has no CUDA half. Modulo, because some Slurm
-    settings show every rank all GPUs of the node and some only its own.
+    "auto" is the CPU wherever GPUs cannot be used, and the log says why. Modulo, because some Slurm settings show every
+    rank all GPUs of the node and some only its own.
+
+    Raises:
+        InputError: "cuda", and the build, the driver, PyTorch or a GPU does not allow it.
     """
-    if wanted == "cpu" or (wanted == "auto" and not (HAS_CUDA and torch.cuda.is_available())):
+    if wanted == "cpu":
         return torch.device("cpu")
-    if not HAS_CUDA:
-        raise InputError("train.device=cuda, but this version has no CUDA kernels yet; use train.device=cpu (or auto)")
-    if not torch.cuda.is_available():
-        raise InputError("train.device=cuda, but no GPU is visible here; train.device=auto uses one where there is one")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    reasons = obstacles(find_facts(core))
+    if not reasons:
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    if wanted == "cuda":
+        raise InputError(
+            f"train.device=cuda, but {'; and '.join(reasons)}. 'cryosplat doctor' says what there is; train.device=cpu "
+            "(or auto) computes on the CPU"
+        )
+    _LOG.info("train.device=auto is the CPU: %s", reasons[0])
+    return torch.device("cpu")
+
+
+def find_backends() -> list[str]:
+    """What can carry tensors between ranks with this PyTorch: "gloo", "nccl" and its version."""
+    found = ["gloo"] if dist.is_available() and dist.is_gloo_available() else []
+    if dist.is_available() and dist.is_nccl_available():
+        found.append(f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    return found
 
 
 def _choose_backend(config: Config, device: torch.device) -> str:

@@ -92,12 +92,16 @@ void bind(py::module_& module) {
 #ifdef CRYOSPLAT_CUDA_ARCHITECTURES
 void bind_cuda_half(py::module_& module) {
   module.attr("cuda_architectures") = CRYOSPLAT_CUDA_ARCHITECTURES;
+  module.attr("cuda_version") = CRYOSPLAT_CUDA_VERSION;
   py::module_ cuda = module.def_submodule("cuda", "kernels on NVIDIA GPUs");
   cuda::bind<float>(cuda.def_submodule("float32", "kernels in single precision"));
   cuda::bind<double>(cuda.def_submodule("float64", "kernels in double precision"));
 }
 #else
-void bind_cuda_half(py::module_& module) { module.attr("cuda_architectures") = ""; }
+void bind_cuda_half(py::module_& module) {
+  module.attr("cuda_architectures") = "";
+  module.attr("cuda_version") = "";
+}
 #endif
 
 }  // namespace

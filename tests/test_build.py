@@ -1,5 +1,6 @@
 """The compiled core builds anywhere, runs on every x86-64 processor, and needs no PyTorch."""
 
+import json
 import os
 import re
 import runpy
@@ -16,7 +17,7 @@ from ninja import BIN_DIR
 from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parents[1]
-CUDA_SOURCE = ROOT / "csrc" / "cuda" / "insert.cu"
+CUDA_FOLDER = ROOT / "csrc" / "cuda"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 X86 = os.uname().machine == "x86_64"
 NVCC = next(filter(None, (shutil.which("nvcc", path=path) for path in (None, "/usr/local/cuda/bin"))), None)
@@ -146,14 +147,15 @@ def in_core(tree: Path, code: str, **environment: str) -> subprocess.CompletedPr
 
 
 def test_without_cuda_the_core_says_so(tree):
-    done = in_core(tree, "print(repr(core.cuda_architectures), HAS_CUDA, hasattr(core, 'cuda'))")
-    assert done.stdout.split() == ["''", "False", "False"], done.stderr
+    done = in_core(tree, "print([core.cuda_architectures, core.cuda_version, HAS_CUDA, hasattr(core, 'cuda')])")
+    assert done.stdout.strip() == "['', '', False, False]", done.stderr
 
 
 @needs_nvcc
 def test_the_cuda_half_loads_and_answers_without_a_driver(cuda_tree):
-    done = in_core(cuda_tree, "print(core.cuda_architectures, HAS_CUDA, core.cuda.float64.insert is not None)")
-    assert done.stdout.split() == ["75", "90", "True", "True"], done.stderr
+    done = in_core(cuda_tree, "print(core.cuda_version, core.cuda_architectures, core.cuda.float64.insert is not None)")
+    version = re.search(r"release ([\d.]+)", run(NVCC, "--version", cwd=cuda_tree).stdout)[1]
+    assert done.stdout.split() == [version, "75", "90", "True"], done.stderr
     # No views: nothing to launch, so no driver is asked for.
     nothing = in_core(cuda_tree, "print(core.cuda.float32.insert(1, 0, 4, 4, 0, 0, 0, 0, 0, 0, True, 0, 0))")
     assert nothing.stdout.strip() == "None", nothing.stderr
@@ -177,23 +179,71 @@ def test_the_cuda_runtime_is_within_and_exports_nothing(cuda_tree):
 
 
 @needs_nvcc
-def test_every_kernel_is_there_for_every_architecture_and_its_registers_are_in_the_log(cuda_tree):
-    log = next((cuda_tree / "build").glob("core.*/insert.cuda.o.log")).read_text()
-    found = re.findall(r"entry function '\w*?(insert_(?:scatter|gather))I([df])E\w*' for 'sm_(\d+)'", log)
-    assert sorted(found) == sorted(
-        (kernel, scalar, architecture)
-        for kernel in ("insert_scatter", "insert_gather")
-        for scalar in "df"
-        for architecture in ("75", "90")
-    )
-    assert len(re.findall(r"Used \d+ registers", log)) == len(found)
+def test_every_kernel_is_reported_for_every_architecture(cuda_tree):
+    file = next((cuda_tree / "build").glob("core.*/cuda_resources.json"))
+    kernels = json.loads(file.read_text())["kernels"]
+    sources = "".join(path.read_text() for path in CUDA_FOLDER.iterdir())
+    written = {re.search(r"(\w+)\(", re.sub(r"__launch_bounds__\(.*?\)", "", head))[1]
+               for head in re.findall(r"__global__([^{]*)", sources)}  # fmt: skip
+    assert {"insert_gather", "insert_scatter"} <= written == {kernel["kernel"] for kernel in kernels}
+    for name in {(kernel["kernel"], kernel["arguments"]) for kernel in kernels}:
+        own = [kernel for kernel in kernels if (kernel["kernel"], kernel["arguments"]) == name]
+        assert sorted(kernel["architecture"] for kernel in own) == ["75", "90"]
+        assert all(0 < kernel["registers"] <= 255 for kernel in own)
+    gather = next(kernel for kernel in kernels if (kernel["kernel"], kernel["arguments"]) == ("insert_gather", "float"))
+    assert gather["shared"] > 4096 and gather["spill_stores"] == 0
+    shown = run(sys.executable, cuda_tree / "csrc/resources.py", "--show", file, cwd=cuda_tree).stdout.splitlines()
+    assert shown[1].split() == ["kernel", "shared", "stack", "sm_75", "sm_90"] and len(shown) == 2 + len(kernels) // 2
+
+
+SPILLING = """
+template <class T>
+__global__ void __launch_bounds__(1024, 2) greedy(T* to) {
+  T values[64];
+  for (int k = 0; k < 64; ++k) values[k] = to[k];
+  __syncthreads();
+  for (int k = 0; k < 64; ++k) to[64 * threadIdx.x + k] = values[63 - k] * values[k];
+}
+template __global__ void greedy(SCALAR*);
+"""
+
+
+@needs_nvcc
+def test_a_kernel_that_spills_stops_the_build_unless_that_is_allowed_or_in_double_precision(tmp_path):
+    tree = copy_sources(tmp_path)
+    for name in ("bindings.cpp", "cpu/dispatch.cpp", "cpu/kernels.cpp"):
+        (tree / "csrc" / name).write_text("")
+    shutil.rmtree(tree / "csrc/cuda")
+    (tree / "csrc/cuda").mkdir()
+    source = tree / "csrc" / "cuda" / "new.cu"  # and a file that nobody has listed is compiled
+
+    def build(scalar: str, **environment: str) -> subprocess.CompletedProcess:
+        source.write_text(SPILLING.replace("SCALAR", scalar))
+        command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+        return run(*command, cwd=tree, CRYOSPLAT_CUDA_ARCH="90", **environment)
+
+    done = build("float")
+    assert done.returncode != 0 and re.search(r"greedy<float> spills on sm_90: [1-9]\d* bytes stored", done.stdout)
+    assert "CRYOSPLAT_ALLOW_SPILLS=1" in done.stdout and not list(tree.glob("build/core.*/*.so"))
+    assert build("float", CRYOSPLAT_ALLOW_SPILLS="1").returncode == 0 and list(tree.glob("build/core.*/*.so"))
+    assert build("float").returncode != 0  # what was allowed once is not allowed for ever
+    assert build("double").returncode == 0
 
 
 @needs_nvcc
 def test_vectors_are_added_in_one_instruction_where_there_is_one(tmp_path):
     for architecture, wanted in (("80", False), ("90", True)):
         to = tmp_path / f"{architecture}.ptx"
-        done = run(NVCC, "-std=c++17", "-ptx", f"-arch=compute_{architecture}", "-o", to, CUDA_SOURCE, cwd=tmp_path)
+        done = run(
+            NVCC,
+            "-std=c++17",
+            "-ptx",
+            f"-arch=compute_{architecture}",
+            "-o",
+            to,
+            CUDA_FOLDER / "insert.cu",
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
         assert ("red.relaxed.gpu.global.add.v4.f32" in to.read_text()) == wanted
 
@@ -212,13 +262,77 @@ def test_an_error_in_a_cuda_source_shows_the_compilers_message(tmp_path):
     tree = copy_sources(tmp_path)
     for name in ("bindings.cpp", "cpu/dispatch.cpp", "cpu/kernels.cpp"):
         (tree / "csrc" / name).write_text("")
-    (tree / "csrc" / "cuda" / "insert.cu").write_text("int unused() { int here; return 0; }\n")  # a warning is an error
+    for path in (tree / "csrc" / "cuda").glob("*.cu"):
+        path.write_text("int unused() { int here; return 0; }\n")  # a warning is an error
     done = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, CRYOSPLAT_CUDA_ARCH="90")
     assert done.returncode != 0 and "here" in done.stdout and "CRYOSPLAT_CUDA_ARCH=off" in done.stderr
 
 
+LOG = """ptxas info    : 0 bytes gmem, 16 bytes cmem[3]
+ptxas info    : Compiling entry function '_ZN9cryosplat4cuda11_GLOBAL__N_4drawIfLi8ELb1EEEvPT_' for 'sm_80'
+ptxas info    : Function properties for _ZN9cryosplat4cuda11_GLOBAL__N_4drawIfLi8ELb1EEEvPT_
+    8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for a_function_that_it_calls
+    16 bytes stack frame, 0 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN9cryosplat4cuda4plusEv' for 'sm_90a'
+ptxas info    : Function properties for _ZN9cryosplat4cuda4plusEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, 352 bytes cmem[0]
+"""
+
+
+def test_the_compilers_log_is_read(resources):
+    first, second = resources["read_log"](LOG)
+    assert (first.kernel, first.arguments, first.architecture) == ("draw", "float, 8, true", "80")
+    assert (first.registers, first.shared, first.stack, first.spill_stores, first.spill_loads) == (40, 1024, 24, 4, 12)
+    assert (second.kernel, second.arguments, second.architecture) == ("plus", "", "90a")
+    assert (second.registers, second.shared, second.spills) == (8, 0, False)
+    assert resources["read_log"]("") == []
+    with pytest.raises(ValueError, match="not understood"):
+        resources["read_log"](LOG.replace("Used", "Takes"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "architecture", "hot"),
+    [
+        ("float", "75", True),
+        ("float, 8", "120", True),
+        ("Half, float", "90a", True),
+        ("", "80", True),
+        ("double", "90", False),
+        ("double, float", "90", False),
+        ("float", "70", False),
+    ],
+)
+def test_kernels_in_single_precision_must_not_spill(resources, arguments, architecture, hot):
+    assert resources["Usage"]("draw", arguments, architecture, 32, 0, 0, 4, 4).is_hot == hot
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name", "arguments"),
+    [
+        ("_ZN9cryosplat4cuda47_GLOBAL__N__989bcdff_9_insert_cu_b9b0e97a_2493613insert_gatherIfEEvNS1_4PlanIT_EE",
+         "insert_gather", ["float"]),
+        ("_Z4drawIdLin1ELb0EEvPT_", "draw", ["double", "-1", "false"]),
+        ("_Z4drawIf6__halfEvPT_", "draw", ["float", "__half"]),
+        ("_Z4drawIfNS_4KindEEvPT_", "draw", ["float", "..."]),
+        ("_Z4plusPf", "plus", []),
+        ("plain", "plain", []),
+    ],
+)  # fmt: skip
+def test_kernels_have_the_names_of_their_sources(resources, symbol, name, arguments):
+    assert resources["read_symbol"](symbol) == (name, arguments)
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict:
+    return runpy.run_path(str(ROOT / "csrc/resources.py"))
+
+
 FAKE_NVCC = """#!/bin/sh
 case "$1" in
+  --version) echo 'Cuda compilation tools, release 12.4, V12.4.131';;
   --list-gpu-code) printf 'sm_70\\nsm_75\\nsm_80\\nsm_90\\nsm_90a\\n';;
   --dryrun) echo '#$ TOP=/x'; echo '#$ LIBRARIES=  "-L/x/lib/stubs" "-L/x/a lib"';;
 esac
@@ -242,7 +356,32 @@ def test_an_older_toolkit_compiles_for_what_it_knows(build_script, tmp_path):
     cuda = build_script["find_cuda"]()
     assert cuda.nvcc == str(tmp_path / "home" / "bin" / "nvcc") and cuda.architectures == ("70", "75", "80", "90")
     assert cuda.libraries[0] == "-L/x/a lib" and "-lcudart_static" in cuda.libraries
-    assert cuda.flags()[-1] == "-gencode=arch=compute_90,code=[sm_90,compute_90]" and len(cuda.flags()) == 4
+    assert cuda.version == "12.4" and cuda.flags() == [
+        "-gencode=arch=compute_70,code=[sm_70,compute_70]",
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+    ]
+
+
+def test_a_toolkit_that_is_too_old_is_refused_and_one_that_is_new_is_tried(build_script, tmp_path, capsys, monkeypatch):
+    nvcc = tmp_path / "home" / "bin" / "nvcc"
+    nvcc.write_text(FAKE_NVCC.replace("12.4", "12.3"))
+    with pytest.raises(PlatformError, match="CUDA 12.3, and cryosplat needs 12.4 or newer. Set CUDA_HOME .*ARCH=off"):
+        build_script["find_cuda"]()
+    monkeypatch.setenv("CRYOSPLAT_CUDA_ARCH", "off")
+    assert build_script["find_cuda"]() is None
+    monkeypatch.delenv("CRYOSPLAT_CUDA_ARCH")
+    nvcc.write_text(FAKE_NVCC.replace("12.4", "14.1"))
+    assert build_script["find_cuda"]().version == "14.1" and "none after 13 has been tried" in capsys.readouterr().out
+
+
+def test_nvcc_compiles_for_several_architectures_at_a_time_where_there_are_cores(build_script, monkeypatch):
+    monkeypatch.delenv("NVCC_APPEND_FLAGS", raising=False)
+    sources = len(list(CUDA_FOLDER.glob("*.cu")))
+    assert build_script["spread_threads"](1) == "--threads 1"
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert build_script["spread_threads"](3 * sources) == "-lineinfo --threads 3"
 
 
 def test_architectures_can_be_named_and_switched_off(build_script, monkeypatch):

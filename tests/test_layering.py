@@ -19,6 +19,7 @@ LAYERS = (
         "sampling",
         "reference",
         "_extension",
+        "devices",
         "fingerprints",
         "quadratic",
     ),
@@ -37,7 +38,7 @@ LAYERS = (
     ("linearmaps", "volumefit"),
     ("evaluation", "trainer", "holdout"),
     # What people call.
-    ("train", "validation", "backprojectcommand"),
+    ("train", "validation", "backprojectcommand", "doctor"),
     ("cli",),
 )
 

@@ -20,6 +20,11 @@ constexpr int tile_side = 8, region_side = 32;
 static_assert(tile_side == group_lanes, "a lane is a column of a tile");
 constexpr int tiles_along = region_side / tile_side, tiles_in_region = tiles_along * tiles_along;
 constexpr int draw_threads = warp_lanes * tiles_in_region;
+
+// Blocks that a multiprocessor is to hold at a time: as many as a thread has registers enough for. Left to itself, ptxas
+// takes fewer registers on some chips and puts the rest into memory.
+template <class T>
+constexpr int draws_together = sizeof(T) == 4 ? 2 : 1;
 constexpr int chunk = 256;
 
 // Threads of the kernels that prepare, a Gaussian each; they write whole sectors of 8 words to the rows of bits.

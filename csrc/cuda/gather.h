@@ -18,6 +18,10 @@ using device::Moments2;
 
 constexpr int gather_threads = 256, groups_in_block = gather_threads / group_lanes;
 
+// As draws_together; gradients of poses take registers too.
+template <class T, bool poses = false>
+constexpr int gathers_together = sizeof(T) == 8 ? 1 : poses ? 2 : 3;
+
 // A footprint of more pixels is walked by the whole warp, for its groups in turn, lest one lane in four works.
 constexpr int wide_pixels = 2048;
 

@@ -265,22 +265,29 @@ __device__ void gather(const Plan<T>& plan, const InsertInputs<T>& in, Index vie
   }
 }
 
+// Blocks that a multiprocessor is to hold at a time. With 4 a thread has 64 registers, with 2 it has 128, and these
+// are enough; left to itself, ptxas takes fewer on some chips and puts the rest into memory.
+template <class T>
+constexpr int blocks_together = sizeof(T) == 4 ? 4 : 2;
+
 // Threads: a voxel each, in the order of warps that brick_x explains. Blocks: a brick each.
 template <class T>
-__global__ void __launch_bounds__(threads_in_block)
+__global__ void __launch_bounds__(threads_in_block, blocks_together<T>)
     insert_gather(Plan<T> plan, InsertInputs<T> in, Voxel<T>* __restrict__ voxels) {
   __shared__ unsigned reached[views_in_chunk / bits];  // a bit a view: the order of views is kept
   __shared__ Slab<T> slabs[views_in_chunk];
-  const Brick brick = brick_of_block(plan);
-  if (!is_in_ball(plan, brick)) return;
+  __shared__ Brick brick;  // seldom read, so it need not occupy registers
   const int thread = int(threadIdx.x), lane = thread % bits, warp = thread / bits;
-  const int x = brick.x + (lane & 3) + 4 * (warp & 1), y = brick.y + ((lane >> 2) & 3) + 4 * ((warp >> 1) & 1),
-            z = brick.z + (lane >> 4) + 2 * (warp >> 2);
+  const Brick own = brick_of_block(plan);
+  if (!is_in_ball(plan, own)) return;
+  if (thread == 0) brick = own;
+  const int x = own.x + (lane & 3) + 4 * (warp & 1), y = own.y + ((lane >> 2) & 3) + 4 * ((warp >> 1) & 1),
+            z = own.z + (lane >> 4) + 2 * (warp >> 2);
   const bool is_voxel = x <= plan.half && y < plan.half && z < plan.half;
   Voxel<T> sum = {0, 0, 0, 0};
   for (Index first = 0; first < plan.views; first += views_in_chunk) {
     const int chunk = int(plan.views - first < views_in_chunk ? plan.views - first : views_in_chunk);
-    __syncthreads();  // the chunk before has been read
+    __syncthreads();  // the brick is there, and the chunk before has been read
     if (thread < views_in_chunk / bits) reached[thread] = 0;
     __syncthreads();
     if (thread < chunk && in.grid[first + thread] == brick.grid) {

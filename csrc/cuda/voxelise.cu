@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(prepare_threads)
 
 // Blocks: regions, then planes, then models.
 template <class T>
-__global__ void __launch_bounds__(draw_threads)
+__global__ void __launch_bounds__(draw_threads, draws_together<T>)
     voxelise_draw(Index gaussians, int box, const Solid<T>* __restrict__ solids, Bits bits, T mildest,
                   T* __restrict__ volumes) {
   const Index regions = Index(bits.regions_along) * bits.regions_along, layer = blockIdx.x / regions;
@@ -200,7 +200,7 @@ struct Planes {
 
 // Blocks: Gaussians, then models.
 template <class T>
-__global__ void __launch_bounds__(gather_threads)
+__global__ void __launch_bounds__(gather_threads, gathers_together<T>)
     voxelise_gather(SplatShape shape, SplatInputs<T> in, const Solid<T>* __restrict__ solids, T mildest,
                     const T* __restrict__ grad_volumes, SplatGradients<T> out) {
   const Index blocks = pieces(shape.gaussians, groups_in_block);
