@@ -290,7 +290,7 @@ class Run:
             return None
         trainer = self.trainer
         evaluation = evaluate(trainer.reconstruction, self.comparison, self.linear)
-        example = trainer.dataset.batch(trainer.dataset.owned[:1], self.world.device)
+        example = trainer.dataset.batch(trainer.dataset.owned[:1])
         resolutions = {
             name: found.angstrom
             for name, found in (

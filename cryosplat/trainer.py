@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cryosplat import distributed
+from cryosplat.batches import Chosen
 from cryosplat.config import TrainConfig
-from cryosplat.dataset import Batch, ParticleDataset
+from cryosplat.dataset import ParticleDataset
 from cryosplat.errors import InputError
 from cryosplat.optimiser import GatedAdam, learning_rate
 from cryosplat.particles import ParticleTable
@@ -125,8 +126,7 @@ class Trainer:
         chosen = np.sort(np.concatenate([rng.permutation(ids)[: SIGN_PARTICLES // 2] for ids in halves]))
         mine = chosen[self.mine[chosen]]
         sums = torch.zeros(3, self.reconstruction.mixture.models, dtype=torch.float64)
-        for start in range(0, len(mine), SIGN_BATCH):
-            batch = self._batch(mine[start : start + SIGN_BATCH])
+        for batch in self.dataset.batches(np.split(mine, range(SIGN_BATCH, len(mine), SIGN_BATCH))):
             terms = torch.stack(self.reconstruction.fit_unit(batch)).double().cpu()
             if not bool(torch.isfinite(terms).all()):
                 with torch.no_grad():
@@ -168,9 +168,10 @@ class Trainer:
         """
         batches = self.plan.epoch(self.progress.epoch)
         began, images = time.perf_counter(), 0
-        for ids in batches[self.progress.step_in_epoch :]:
+        left = batches[self.progress.step_in_epoch :]
+        for ids, mine in zip(left, self.dataset.choose([ids[self.mine[ids]] for ids in left]), strict=True):
             rate = learning_rate(self.config, self.progress.step / self.total_steps, self.progress.epoch)
-            self._step(ids, rate)
+            self._step(ids, mine, rate)
             images += len(ids)
             self.progress.step += 1
             self.progress.step_in_epoch += 1
@@ -183,10 +184,9 @@ class Trainer:
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
 
-    def _step(self, ids: np.ndarray, rate: float) -> None:
+    def _step(self, ids: np.ndarray, mine: Chosen, rate: float) -> None:
         """One batch: forward, backward (with DDP's all-reduce), update."""
-        batch = self._batch(ids[self.mine[ids]])
-        counts = self._counts(ids)
+        batch, counts = self.dataset.select(mine), self._counts(ids)
         self.optimiser.zero_grad()
         self.reconstruction.ledger.grad = None
         objective, losses = self.wrapped(batch, counts)
@@ -231,6 +231,3 @@ class Trainer:
     def _counts(self, ids: np.ndarray) -> list[int]:
         in_b = int(self.plan.half[ids].sum())
         return [len(ids), len(ids) - in_b, in_b][: self.reconstruction.mixture.models]
-
-    def _batch(self, ids: np.ndarray) -> Batch:
-        return self.dataset.batch(ids, self.world.device)

@@ -80,10 +80,10 @@ def recorded(folder: Path, argument: int, words: list[str]) -> int:
     record = {"ids": [], "gradients": [], "losses": [], "theta": []}
     step, update = Trainer._step, GatedAdam.step
 
-    def watched_step(self, ids, rate):
-        record["ids"].append(torch.from_numpy(ids[self.mine[ids]]))
+    def watched_step(self, ids, mine, rate):
+        record["ids"].append(torch.from_numpy(mine.ids))
         record["theta"].append(self.reconstruction.mixture.theta.detach().clone())
-        step(self, ids, rate)
+        step(self, ids, mine, rate)
 
     def watched_update(self, rate, losses, counts):
         if len(record["gradients"]) < 3:
@@ -107,12 +107,11 @@ def poisoned(folder: Path, argument: int, words: list[str]) -> int:
     step, run_epoch, wrap, destroy = Trainer._step, Trainer.run_epoch, distributed.wrap, dist.destroy_process_group
     wrapped = []
 
-    def poisoned_step(self, ids, rate):
-        mine = ids[self.mine[ids]]
+    def poisoned_step(self, ids, mine, rate):
         if self.progress.step == argument and self.world.rank == self.world.size - 1:
-            self.dataset._spectra[self.dataset._row[mine[0]]] = torch.nan
-            (folder / "particle.txt").write_text(self.table.location(int(mine[0])))
-        step(self, ids, rate)
+            self.dataset._spectra[self.dataset._row[mine.ids[0]]] = torch.nan
+            (folder / "particle.txt").write_text(self.table.location(int(mine.ids[0])))
+        step(self, ids, mine, rate)
 
     def watched_epoch(self, on_report):
         try:

@@ -22,9 +22,10 @@ LAYERS = (
         "devices",
         "fingerprints",
         "quadratic",
+        "batches",
     ),
     # Single files and single operations.
-    ("ending", "files", "unpickle", "images", "atoms", "ops", "symmetry", "nulls"),
+    ("ending", "files", "unpickle", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
     ("distributed", "optimiser", "halves", "runs", "fsc"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
