@@ -113,11 +113,21 @@ def insertion(rotations: Tensor, grid: Tensor, box: int, padded: int) -> Work:
     return Work(operations, operations, moved, 8.0 * coefficients)
 
 
+def residual(box: int, images: int, views: int) -> Work:
+    """Of the spectral residual of ``views`` projections of ``images`` particles, data in half precision.
+
+    For each coefficient of a view two products by the filter, a difference and a square, of complex numbers; making the
+    CTF from its parameters is left out.
+    """
+    coefficients = float(box * (box // 2 + 1))
+    moved = 2 * COMPLEX * coefficients * views + HALF_COMPLEX * coefficients * images
+    return Work(8 * coefficients * views, 8 * coefficients * views, moved)
+
+
 def step(inputs: list[Tensor], box: int, cutoff: float, images: int, lanes: int) -> dict[str, Work]:
     """Of the kernels of a training step on ``images`` particles whose views are those of ``inputs``.
 
-    The images' transforms are read from memory in half precision, once for all views of a particle; CTFs are made from
-    their parameters. Products of coefficients are not counted: they wait for memory.
+    The images' transforms are read from memory in half precision, once for all views of a particle.
     """
     views = inputs[5].shape[0]
     pixels, coefficients = float(box**2), float(box * (box // 2 + 1))
@@ -125,12 +135,11 @@ def step(inputs: list[Tensor], box: int, cutoff: float, images: int, lanes: int)
     # A real transform of n numbers takes 5/4 n log2 n multiply-adds.
     turning = 1.25 * pixels * math.log2(pixels) * views
     passes = views * (transform + (FFT_PASSES - 1) * 2 * COMPLEX * coefficients)
-    residual = 2 * COMPLEX * coefficients * views + HALF_COMPLEX * coefficients * images
     parameters = inputs[0].shape[0] * inputs[0].shape[1] * 11
     return {
         "splat": splat(inputs, box, cutoff, False, lanes),
         "transform": Work(turning, turning, passes),
-        "residual": Work(0.0, 0.0, residual),
+        "residual": residual(box, images, views),
         "inverse transform": Work(turning, turning, passes),
         "gradient": splat(inputs, box, cutoff, True, lanes),
         "optimiser": Work(0.0, 0.0, FLOAT * ADAM_NUMBERS * parameters),

@@ -163,7 +163,7 @@ def gpu_tests(checks: Checks) -> list[str]:
 
 
 def files_with_gpu_tests() -> list[str]:
-    words = ("needs_gpu", "mark.gpu", "cuda.is_available")
+    words = ("needs_gpu", "BACKENDS", "cuda.is_available")
     files = sorted((ROOT / "tests").glob("test_*.py"))
     return [str(path) for path in files if any(word in path.read_text() for word in words)]
 

@@ -18,7 +18,7 @@ import torch
 from benchmarks import floors, torch_splat
 from benchmarks.floors import Work
 from benchmarks.machine import Machine, describe, measure_machine, time_call
-from cryosplat import ops
+from cryosplat import ops, spectral  # noqa: F401  (spectral registers its operator)
 from cryosplat.files import atomic_path
 
 SIZES = ((2048, 128, 64), (8192, 128, 64), (30000, 256, 32))
@@ -27,15 +27,19 @@ SIZES = ((2048, 128, 64), (8192, 128, 64), (30000, 256, 32))
 VOLUME_SIZES = ((20000, 128), (20000, 256), (200000, 256))
 """Gaussians, box: of maps."""
 
+RESIDUAL_SIZES = ((128, 64), (256, 32))
+"""Box, batch: of the residual of two views each, as with half maps."""
+
 INSERT_SIZES = {"cpu": ((128, 256),), "cuda": ((128, 256), (256, 256))}
 """Box, views. On a CPU the sums of the larger take seconds, and none of it is another kernel."""
 
-SMALL = {"splat": ((128, 32, 4),), "voxelise": ((128, 32),), "insert": ((32, 8),)}
+SMALL = {"splat": ((128, 32, 4),), "residual": ((32, 4),), "voxelise": ((128, 32),), "insert": ((32, 8),)}
 """To see that everything runs: no figure of it means anything."""
 
-KINDS = ("splat", "voxelise", "insert")
+KINDS = ("splat", "residual", "voxelise", "insert")
 CUTOFF = 3.5
 SIGMA_PX = 1.5
+PIXEL_SIZE_A = 1.5
 TORCH_VIEWS = 2
 """PyTorch is slow and linear in the views: it gets fewer."""
 
@@ -86,6 +90,23 @@ def splat_cases(gaussians: int, box: int, batch: int, machine: Machine) -> list[
     ]
 
 
+def residual_cases(box: int, batch: int, machine: Machine) -> list[Case]:
+    """From spectra of projections to losses and to spectra of gradients, CTF and data of half precision included."""
+    generator = torch.Generator().manual_seed(3)
+    half_plane = box, box // 2 + 1
+    spectra = torch.randn(2, batch, *half_plane, dtype=torch.complex64, generator=generator)
+    stored = torch.randn(batch, *half_plane, 2, generator=generator).half()
+    ctf = torch.tensor([15000.0, 14500.0, 0.5, 300.0, 2.7, 0.1, 0.0]).repeat(batch, 1)
+    rows, gain = torch.arange(batch), torch.ones(batch)
+    inputs = [t.to(machine.device) for t in (spectra, stored, rows, gain, ctf, rows % 2)]
+    work = floors.residual(box, batch, 2 * batch)
+
+    def call():
+        torch.ops.cryosplat.spectral_residual(*inputs, None, box, PIXEL_SIZE_A, True)
+
+    return [Case("residual", 0, box, 2 * batch, call, work)]
+
+
 def voxelise_cases(gaussians: int, box: int, machine: Machine) -> list[Case]:
     """A map, and the gradients of what is fitted in it."""
     inputs = mixture(gaussians, box, 0, device=machine.device)[:3]
@@ -128,8 +149,8 @@ def insert_cases(box: int, views: int, machine: Machine) -> list[Case]:
 
 def all_cases(machine: Machine, kinds: tuple[str, ...], small: bool) -> Iterator[list[Case]]:
     """Cases by size, made when they are asked for: the largest take gigabytes."""
-    full = {"splat": SIZES, "voxelise": VOLUME_SIZES, "insert": INSERT_SIZES[machine.device]}
-    makers = {"splat": splat_cases, "voxelise": voxelise_cases, "insert": insert_cases}
+    full = dict(zip(KINDS, (SIZES, RESIDUAL_SIZES, VOLUME_SIZES, INSERT_SIZES[machine.device]), strict=True))
+    makers = dict(zip(KINDS, (splat_cases, residual_cases, voxelise_cases, insert_cases), strict=True))
     for kind in kinds:
         for size in (SMALL if small else full)[kind]:
             yield makers[kind](*size, machine)

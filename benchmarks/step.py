@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import floors
 from benchmarks.machine import Machine, describe, measure_machine
-from benchmarks.ops import CUTOFF, SIZES
+from benchmarks.ops import CUTOFF, PIXEL_SIZE_A, SIZES
 from cryosplat.config import TrainConfig
 from cryosplat.dataset import ParticleDataset
 from cryosplat.distributed import World
@@ -34,7 +34,6 @@ from cryosplat.sampling import BatchPlan
 from cryosplat.trainer import Report, Trainer
 
 SMALL = ((128, 32, 8),)
-PIXEL_SIZE_A = 1.5
 SIGMA_PX = 1.2
 """Standard deviation of a round Gaussian whose footprint is some 71 pixels: what the narrow ones of a fit come to."""
 
@@ -96,7 +95,7 @@ def make_trainer(size: tuple[int, int, int], models: int, steps: int, device: to
     gaussians, box, batch = size
     table = particles(steps * batch, box)
     plan = BatchPlan(table.half, batch, seed=0, held_out=table.held_out)
-    dataset = ParticleDataset(table, np.arange(len(table)), box)
+    dataset = ParticleDataset(table, np.arange(len(table)), box, device=device)
     dataset.normalise(dataset.statistics.deviation)
     mixture = GaussianMixture(models, gaussians, "positive", (0.5 / box, 8 / box))
     mixture.start_randomly(spread=0.12, scale=SIGMA_PX / box, seed=0)
@@ -158,7 +157,7 @@ def floor_of(trainer: Trainer, batch: int, machine: Machine) -> dict[str, dict]:
     """Operations, bytes and seconds of the floor of every kernel of a step, with the poses of its first batch."""
     mixture = trainer.reconstruction.mixture
     ids = trainer.plan.epoch(0)[0]
-    seen = trainer.dataset.batch(ids, machine.device)
+    seen = trainer.dataset.batch(ids)
     shown_by = [torch.zeros_like(seen.half)] + ([1 + seen.half] if mixture.models > 1 else [])
     views = len(shown_by)
     poses = seen.rotations.repeat(views, 1, 1), seen.shifts.repeat(views, 1), torch.cat(shown_by)

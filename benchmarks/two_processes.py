@@ -47,7 +47,7 @@ def gradients(
     ids = plan.epoch(0)[0]
     in_b = int(plan.half[ids].sum())
     mine = ids[plan.owner(world.size)[ids] == world.rank]
-    objective, _ = wrapped(dataset.batch(mine, world.device), [len(ids), len(ids) - in_b, in_b])
+    objective, _ = wrapped(dataset.batch(mine), [len(ids), len(ids) - in_b, in_b])
     objective.backward()
     return [parameter.grad for parameter in mixture.mixtures], reconstruction.ledger.grad
 
@@ -59,7 +59,7 @@ def work(size: tuple[int, int, int], device: str, backend: str, output: Path) ->
         _, box, batch = size
         table = particles(batch, box)
         plan = BatchPlan(table.half, batch, seed=0, held_out=table.held_out)
-        dataset = ParticleDataset(table, np.arange(len(table)), box)
+        dataset = ParticleDataset(table, np.arange(len(table)), box, device=world.device)
         dataset.normalise(dataset.statistics.deviation)
         together, losses = gradients(size, world, dataset, plan)
         if world.is_main:
