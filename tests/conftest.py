@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from backends import BACKENDS, backend_named
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -45,3 +46,10 @@ def _reset_loggers() -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "cryosplat" and isinstance(logger, logging.Logger):
             logger.disabled = False
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The operators of ops, of the CUDA kernels run on the host, and of these on a GPU if there is one."""
+    with backend_named(request.param) as module:
+        yield module

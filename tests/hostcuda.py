@@ -6,6 +6,7 @@ and launch, take CPU tensors; ``splat``, ``voxelise`` and ``covariances`` are th
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -28,7 +29,7 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 SOURCE = """
 #include "cuda/bindings.h"
 
-PYBIND11_MODULE(cuda_on_host, module) {
+PYBIND11_MODULE(%s, module) {
   cryosplat::cuda::bind<float>(module.def_submodule("float32"));
   cryosplat::cuda::bind<double>(module.def_submodule("float64"));
   module.def("turn_round", [](bool backwards) { shim::backwards = backwards; });
@@ -40,45 +41,45 @@ FLAGS = "-std=c++17 -O1 -w -fPIC -fvisibility=hidden -ffp-contract=off -include 
 """Unfused products, as the kernels' rounding is stated; warnings are the CUDA compiler's business."""
 
 
-def build(folder: Path, sources: Path = ROOT / "csrc") -> Path:
-    """Compile the CUDA sources under ``sources`` for the host; returns the module's file."""
+def load(sources: Path = ROOT / "csrc") -> ModuleType:
+    """The kernels under ``sources``, compiled once for all workers, and for all runs while nothing changes.
+
+    Every version has a name of its own: Python would give the module it has already for a second one of that name.
+    """
+    files = [*sources.glob("*.h"), *sources.glob("cuda/*"), ROOT / "tests/cuda_host_shim.h", Path(__file__)]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+    name = f"cuda_on_host_{digest}"
+    folder = Path(tempfile.gettempdir(), f"cryosplat-cuda-on-host-{os.getuid()}", name)
     folder.mkdir(parents=True, exist_ok=True)
-    door, library = folder / "door.cpp", folder / f"cuda_on_host{SUFFIX}"
-    door.write_text(SOURCE)
+    library = folder / f"{name}{SUFFIX}"
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            _build(library, name, sources)
+    return _import(library, name)
+
+
+def _build(library: Path, name: str, sources: Path) -> None:
+    door = library.parent / "door.cpp"
+    door.write_text(SOURCE % name)
     include = [f"-I{path}" for path in (sources, ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include"))]
     compilers, objects = [], []
     for file in (door, *sorted(sources.glob("cuda/*.cu"))):
-        objects.append(folder / f"{file.stem}.o")
-        compilers.append(
-            subprocess.Popen(["g++", *FLAGS, *include, "-c", file, "-o", objects[-1]], stderr=subprocess.PIPE)
-        )
+        objects.append(library.parent / f"{file.stem}.o")
+        command = ["g++", *FLAGS, *include, "-c", file, "-o", objects[-1]]
+        compilers.append(subprocess.Popen(command, stderr=subprocess.PIPE))
     for compiler in compilers:
         message = compiler.communicate(timeout=600)[1].decode()
         assert compiler.returncode == 0, message[-4000:]
     subprocess.run(["g++", "-shared", *objects, "-o", f"{library}.new"], check=True)
     os.replace(f"{library}.new", library)
-    return library
-
-
-def load_from(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_on_host", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @functools.cache
-def load() -> ModuleType:
-    """The module, compiled once for all workers and runs of unchanged sources."""
-    sources = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*"), ROOT / "tests/cuda_host_shim.h", Path(__file__)]
-    newest = max(path.stat().st_mtime_ns for path in sources)
-    folder = Path(tempfile.gettempdir(), f"cryosplat-cuda-on-host-{os.getuid()}", str(ROOT).replace("/", "_"))
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        library = folder / f"cuda_on_host{SUFFIX}"
-        if not library.exists() or library.stat().st_mtime_ns < newest:
-            build(folder)
-    return load_from(library)
+def _import(library: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager

@@ -1,65 +1,29 @@
 """The CUDA source of Fourier insertion computes what csrc/insert.h says: compiled for the host, and on a GPU if any."""
 
-import ctypes
 import itertools
 import math
 import mmap
-import subprocess
-from pathlib import Path
+from types import ModuleType
 
+import hostcuda
 import numpy as np
 import pytest
 import torch
+from backends import needs_gpu
 from insertion_reference import half_disc, insert_reference
 from scipy.spatial.transform import Rotation
 
-from cryosplat._extension import HAS_CUDA, core
-
-ROOT = Path(__file__).resolve().parents[1]
-
-HOST_SOURCE = """
-#include "cuda/insert.cu"
-
-using namespace cryosplat;
-
-template <class T>
-const char* insert(const std::int64_t* shape, const void* const* in, void* accumulators, bool deterministic,
-                   bool backwards) {
-  shim::backwards = backwards;
-  return cuda::insert<T>({shape[0], shape[1], shape[2], shape[3]},
-                         {static_cast<const T*>(in[0]), static_cast<const T*>(in[1]), static_cast<const T*>(in[2]),
-                          static_cast<const T*>(in[3]), static_cast<const std::int64_t*>(in[4])},
-                         static_cast<T*>(accumulators), deterministic, {0, nullptr});
-}
-
-extern "C" const char* insert_float32(const std::int64_t* s, const void* const* in, void* to, bool d, bool b) {
-  return insert<float>(s, in, to, d, b);
-}
-extern "C" const char* insert_float64(const std::int64_t* s, const void* const* in, void* to, bool d, bool b) {
-  return insert<double>(s, in, to, d, b);
-}
-"""
+from cryosplat import cudaops
+from cryosplat._extension import core
 
 SCALARS = {"float32": (np.float32, np.complex64), "float64": (np.float64, np.complex128)}
 WAYS = [pytest.param(False, id="scatter"), pytest.param(True, id="gather")]
-needs_gpu = pytest.mark.skipif(
-    not (torch.cuda.is_available() and HAS_CUDA), reason="no GPU here, or the core was built without CUDA"
-)
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory) -> ctypes.CDLL:
-    """csrc/cuda/insert.cu, unchanged, behind a shim that runs blocks and threads in turns."""
-    folder = tmp_path_factory.mktemp("host")
-    source, library = folder / "host.cpp", folder / "host.so"
-    source.write_text(HOST_SOURCE)
-    flags = "-std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -Werror -fPIC -shared -include cuda_host_shim.h".split()
-    command = ["g++", *flags, f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(library))
-    library.insert_float32.restype = library.insert_float64.restype = ctypes.c_char_p
-    return library
+def host() -> ModuleType:
+    """The CUDA kernels, run on the host."""
+    return hostcuda.load()
 
 
 class Batch:
@@ -88,21 +52,23 @@ class Batch:
         return np.stack([n.real, n.imag, d, g], axis=-1)
 
 
-def insert(host: ctypes.CDLL, batch: Batch, deterministic: bool, backwards: bool = False) -> np.ndarray:
+def insert(host: ModuleType, batch: Batch, deterministic: bool, backwards: bool = False) -> np.ndarray:
     """Accumulators afterwards. Around them lies memory that must stay as it was."""
     margin = 4096
     memory = np.full(batch.before.size + 2 * margin, 7, batch.before.dtype)
     inside = memory[margin:-margin].reshape(batch.before.shape)
     inside[...] = batch.before
-    shape = (ctypes.c_int64 * 4)(batch.grids, batch.views, batch.box, batch.padded)
-    addresses = (ctypes.c_void_p * 5)(*(array.ctypes.data for array in batch.inputs))
-    function = getattr(host, f"insert_{batch.scalar}")
-    message = function(
-        shape, addresses, ctypes.c_void_p(inside.ctypes.data), ctypes.c_bool(deterministic), ctypes.c_bool(backwards)
-    )
-    assert message is None, message.decode()
+    host.turn_round(backwards)
+    launch(host, batch, inside.ctypes.data, deterministic)
     assert (memory[:margin] == 7).all() and (memory[-margin:] == 7).all()
     return inside
+
+
+def launch(host: ModuleType, batch: Batch, to: int, deterministic: bool) -> None:
+    """Insert into accumulators at an address."""
+    shape = (batch.grids, batch.views, batch.box, batch.padded)
+    addresses = (array.ctypes.data for array in batch.inputs)
+    getattr(host, batch.scalar).insert(*shape, *addresses, to, deterministic, 0, 0)
 
 
 def check(found: np.ndarray, batch: Batch) -> None:
@@ -222,11 +188,9 @@ def test_a_matrix_that_is_no_rotation_writes_nothing_outside(host, deterministic
 def test_an_address_that_vectors_cannot_use_is_refused_in_words(host):
     batch = Batch(1, 1, 4, 4, 1, scalar="float32")
     memory = np.zeros(batch.before.size + 8, np.float32)
-    shape = (ctypes.c_int64 * 4)(1, 1, 4, 4)
-    addresses = (ctypes.c_void_p * 5)(*(array.ctypes.data for array in batch.inputs))
-    odd = ctypes.c_void_p(memory.ctypes.data // 16 * 16 + 4)
-    message = host.insert_float32(shape, addresses, odd, ctypes.c_bool(True), ctypes.c_bool(False))
-    assert b"divisible by 16" in message and not memory.any()
+    with pytest.raises(RuntimeError, match="divisible by 16"):
+        launch(host, batch, memory.ctypes.data // 16 * 16 + 4, True)
+    assert not memory.any()
 
 
 def test_grids_of_more_than_two_billion_voxels_are_addressed(host):
@@ -244,10 +208,8 @@ def test_grids_of_more_than_two_billion_voxels_are_addressed(host):
     except OSError as error:
         pytest.skip(f"the system lends no 66 GB of addresses: {error}")
     grid = np.frombuffer(memory, np.float32).reshape(size)
-    shape = (ctypes.c_int64 * 4)(grids, 3, 4, padded)
-    addresses = (ctypes.c_void_p * 5)(*(array.ctypes.data for array in batch.inputs))
-    to = ctypes.c_void_p(grid.ctypes.data)
-    assert host.insert_float32(shape, addresses, to, ctypes.c_bool(False), ctypes.c_bool(False)) is None
+    batch.padded = padded
+    launch(host, batch, grid.ctypes.data, False)
     found = [grid[2, 0, 0, far, 2], grid[2, 0, far, 0, 2], grid[2, far, 0, 0, 2]]
     assert found == [2, 3, 5]
 
@@ -311,6 +273,6 @@ def insert_on_gpu(batch: Batch, deterministic: bool) -> np.ndarray:
         *(batch.grids, batch.views, batch.box, batch.padded),
         *(array.data_ptr() for array in arrays),
         deterministic,
-        torch.cuda.current_stream().cuda_stream,
+        *cudaops.queue_of(arrays[0]),
     )
     return arrays[-1].cpu().numpy()

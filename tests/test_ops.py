@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import BACKENDS, backend_named
 from mixtures import KINDS, Case, draw, noise, relative_l2, run_splat, run_voxelise
 
 from cryosplat import ops, reference
@@ -26,12 +25,6 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative L2; 
 
 CUT_3_5, CUT_4_8 = 2e-3, 1e-5
 """Relative L2 errors that ops.splat states for cut-offs of 3.5 and 4.8 standard deviations."""
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with backend_named(request.param) as module:
-        yield module
 
 
 @pytest.fixture(autouse=True)

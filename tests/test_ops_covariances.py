@@ -17,10 +17,10 @@ def drawn(count: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 15, 16, 17, 33, 5000])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_covariances_and_gradients_agree_with_the_reference(count, dtype, tolerance):
+def test_covariances_and_gradients_agree_with_the_reference(backend, count, dtype, tolerance):
     inputs = [t.requires_grad_() for t in drawn(count, dtype)]
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    found, expected = ops.covariances(*inputs), reference.covariances(*exact)
+    found, expected = backend.covariances(*inputs), reference.covariances(*exact)
     weights = torch.randn(count, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(found, inputs, weights.to(dtype))
     expected_gradients = torch.autograd.grad(expected, exact, weights.to(dtype).double())
@@ -29,15 +29,15 @@ def test_covariances_and_gradients_agree_with_the_reference(count, dtype, tolera
         assert float((ours - theirs).detach().norm()) <= tolerance * float(theirs.detach().norm())
 
 
-def test_gradcheck_in_double_precision():
-    assert torch.autograd.gradcheck(ops.covariances, [t.requires_grad_() for t in drawn(9, torch.float64)])
+def test_gradcheck_in_double_precision(backend):
+    assert torch.autograd.gradcheck(backend.covariances, [t.requires_grad_() for t in drawn(9, torch.float64)])
 
 
-def test_turns_of_round_gaussians_have_a_gradient_of_exactly_zero():
+def test_turns_of_round_gaussians_have_a_gradient_of_exactly_zero(backend):
     """Adam would make a full step of rounding noise: at the round start, and another one on another number of ranks."""
     quaternions, scales = drawn(100, torch.float32)
     quaternions.requires_grad_()
-    covariances = ops.covariances(quaternions, scales[:, :1].expand(100, 3).contiguous())
+    covariances = backend.covariances(quaternions, scales[:, :1].expand(100, 3).contiguous())
     weights = torch.randn(100, 6, generator=torch.Generator().manual_seed(1))
     assert not torch.autograd.grad(covariances, quaternions, weights)[0].any()
 
@@ -60,10 +60,10 @@ def test_threads_and_leading_axes_change_nothing():
     assert torch.equal(found[0].flatten(0, 1), ops.covariances(quaternions, scales))
 
 
-def test_a_quaternion_of_zeros_gives_nan_and_spares_its_neighbours():
+def test_a_quaternion_of_zeros_gives_nan_and_spares_its_neighbours(backend):
     quaternions, scales = drawn(20, torch.float32)
     quaternions[4] = 0
-    bad = ops.covariances(quaternions, scales).isnan().any(1)
+    bad = backend.covariances(quaternions, scales).isnan().any(1)
     assert bad[4] and int(bad.sum()) == 1
 
 
