@@ -24,7 +24,7 @@ from benchmarks.machine import Machine, describe, measure_machine
 from benchmarks.ops import CUTOFF, PIXEL_SIZE_A, SIZES
 from cryosplat.config import TrainConfig
 from cryosplat.dataset import ParticleDataset
-from cryosplat.distributed import World
+from cryosplat.distributed import World, sum_arrays
 from cryosplat.files import atomic_path
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.monitor import peak_memory_gib
@@ -90,19 +90,25 @@ def particles(count: int, box: int) -> ParticleTable:
     )
 
 
-def make_trainer(size: tuple[int, int, int], models: int, steps: int, device: torch.device) -> Trainer:
-    """A trainer as a run has it, with as many epochs as anyone wants of so many steps."""
+def make_trainer(size: tuple[int, int, int], models: int, steps: int, world: World) -> Trainer:
+    """A trainer as a run has it, with as many epochs as anyone wants of so many steps of a batch over all ranks."""
     gaussians, box, batch = size
     table = particles(steps * batch, box)
     plan = BatchPlan(table.half, batch, seed=0, held_out=table.held_out)
-    dataset = ParticleDataset(table, np.arange(len(table)), box, device=device)
-    dataset.normalise(dataset.statistics.deviation)
+    owned = np.flatnonzero(plan.owner(world.size) == world.rank)
+    dataset = ParticleDataset(table, owned, box, device=world.device)
+    dataset.normalise(sum_arrays([dataset.statistics.deviation], world)[0])
     mixture = GaussianMixture(models, gaussians, "positive", (0.5 / box, 8 / box))
     mixture.start_randomly(spread=0.12, scale=SIGMA_PX / box, seed=0)
-    world = World(0, 1, 0, 1, device, "none", "single", torch.get_num_threads())
-    reconstruction = Reconstruction(mixture, dataset.box, dataset.pixel_size_a, None, CUTOFF).to(device)
+    reconstruction = Reconstruction(mixture, dataset.box, dataset.pixel_size_a, None, CUTOFF, world.size)
+    reconstruction = reconstruction.to(world.device)
     config = TrainConfig(epochs=10_000, batch=batch, lr=1e-6, schedule="constant", log_every=steps)
     return Trainer(world, table, dataset, plan, reconstruction, config)
+
+
+def alone(device: torch.device) -> World:
+    """One process."""
+    return World(0, 1, 0, 1, device, "none", "single", torch.get_num_threads())
 
 
 def time_steps(trainer: Trainer, epochs: int) -> list[float]:
@@ -176,7 +182,7 @@ def measure(size: tuple[int, int, int], models: int, machine: Machine, epochs: i
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    trainer = make_trainer(size, models, steps, device)
+    trainer = make_trainer(size, models, steps, alone(device))
     seconds = statistics.median(time_steps(trainer, epochs))
     memory = peak_memory_gib(device)
     costs = profile_steps(trainer)
