@@ -69,7 +69,7 @@ def test_help_names_the_commands_without_waiting_for_pytorch():
     check = f"try:\n {program}\nexcept SystemExit as ended:\n assert ended.code == 0 and 'torch' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment())
     assert ended.returncode == 0, ended.stderr
-    for name in ("train", "simulate", "voxelise", "fsc", "postprocess", "backproject", "validate", "info"):
+    for name in ("train", "simulate", "voxelise", "fsc", "postprocess", "backproject", "validate", "doctor", "info"):
         assert re.search(rf"^ +{name}\s", ended.stdout, re.MULTILINE)
 
 

@@ -1,6 +1,8 @@
 """Ranks find each other, whoever started them, and stop together."""
 
+import dataclasses
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import torch
 
 from cryosplat import distributed
 from cryosplat.config import load_config
+from cryosplat.devices import Facts, Gpu
 from cryosplat.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,28 +149,50 @@ def test_impossible_numbers_are_refused(change, message):
         placement(TORCHRUN, change)
 
 
+GPUS = (Gpu("one", (9, 0), 80.0), Gpu("two", (9, 0), 80.0))
+USABLE = Facts((13, 0), ("75", "90"), "580.65.06", (13, 0), "2.13.0+cu130", (13, 0), ("sm_90",), GPUS, seen=True)
+
+
 def test_ranks_take_the_visible_gpus_round_and_round(monkeypatch):
-    monkeypatch.setattr(distributed, "HAS_CUDA", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "find_facts", lambda _: USABLE)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [distributed.choose_device("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
     assert distributed.choose_device("cpu", 1) == torch.device("cpu")
 
 
-def test_without_cuda_kernels_auto_is_the_cpu_and_cuda_is_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "HAS_CUDA", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert distributed.choose_device("auto", 0) == torch.device("cpu")
-    with pytest.raises(InputError, match="no CUDA kernels"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(cuda=None, architectures=()), "the core was built without CUDA"),
+        (dict(driver_cuda=None, gpus=(), seen=False), "no NVIDIA driver"),
+        (dict(driver="550.54", driver_cuda=(12, 4), torch_cuda=(12, 6)), "needs NVIDIA driver 580 or newer"),
+        (dict(gpus=(Gpu("old", (7, 0), 16.0),), torch_architectures=()), "CRYOSPLAT_CUDA_ARCH=70"),
+        (dict(gpus=(), seen=False, visible=""), "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_refused_and_auto_is_the_cpu_and_says_why_once(change, message, monkeypatch, log):
+    monkeypatch.setattr(distributed, "find_facts", lambda _: dataclasses.replace(USABLE, **change))
+    with pytest.raises(InputError, match=f"train.device=cuda, but .*{message}.*train.device=cpu"):
         distributed.choose_device("cuda", 0)
+    assert not log
+    assert distributed.choose_device("auto", 0) == torch.device("cpu")
+    assert len(log) == 1 and log[0].startswith("train.device=auto is the CPU: ") and message in log[0]
+    assert distributed.choose_device("cpu", 0) == torch.device("cpu") and len(log) == 1
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "HAS_CUDA", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.choose_device("auto", 0) == torch.device("cpu")
-    with pytest.raises(InputError, match="train.device=auto"):
-        distributed.choose_device("cuda", 0)
+@pytest.fixture
+def log():
+    """The messages of the package's logger, which other tests may have cut off from pytest's."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("cryosplat")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def test_two_ranks_on_one_gpu_are_refused_where_nccl_would_hang():

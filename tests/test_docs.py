@@ -31,6 +31,8 @@ LISTED = {
     "make lint": "checks style, not behaviour; run before every commit",
     "make venv": "the first step of make test",
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv": "a download",
+    "CUDA_HOME=/usr/local/cuda-12.8 CRYOSPLAT_CUDA_ARCH=90 make venv": "needs that toolkit",
+    "python csrc/resources.py --show 'build/core.*/cuda_resources.json'": "tests/test_build.py does it",
     "pip install .": "a download; tests/test_build.py builds the wheel",
     "pip install -e .": "a download; the Makefile's own step",
     "sudo apt-get install g++ make python3-venv python3-dev": "changes the machine",
