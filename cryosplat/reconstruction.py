@@ -53,12 +53,13 @@ class Reconstruction(nn.Module):
         self.ledger = nn.Parameter(torch.zeros(mixture.models))
         self.register_buffer("whitening", None if weights is None else weights.sqrt())
 
-    def forward(self, batch: Batch, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, counts: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         """Objective of this rank and losses of its views.
 
         Args:
             batch: this rank's B particles, possibly none.
-            counts: particles of each model in the whole batch, over all ranks.
+            counts: (M,) particles of each model in the whole batch, over all ranks; a tensor on the device, or numbers,
+                which a GPU would have to be waited for to take over.
 
         Returns:
             A scalar to differentiate, and the losses (views, B) without gradient: row 0 under the
@@ -66,7 +67,7 @@ class Reconstruction(nn.Module):
         """
         losses = self.view_losses(batch)
         per_model = self._sum_by_model(losses, batch.half)
-        share = per_model / torch.tensor([max(c, 1) for c in counts], dtype=per_model.dtype, device=per_model.device)
+        share = per_model / torch.as_tensor(counts, device=per_model.device).clamp(min=1)
         objective = self.ranks * (share.sum() + (self.ledger * share.detach()).sum())
         return objective, losses.detach()
 

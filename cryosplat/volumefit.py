@@ -16,7 +16,7 @@ Nothing is shared between models: mask, filter, number of Gaussians and points a
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.fft
@@ -98,6 +98,12 @@ class Problem:
         """D."""
         return len(self.half.map)
 
+    def to(self, device: torch.device | str) -> "Problem":
+        """The same, what the fit descends by on another device."""
+        equations = self.half.equations.to(device)
+        held_out = None if self.held_out is None else self.held_out.to(device)
+        return replace(self, half=replace(self.half, equations=equations), held_out=held_out)
+
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
@@ -170,7 +176,7 @@ def fit(problem: Problem, model: ModelConfig, volume: VolumeConfig, scale_range:
         "%s: %d Gaussians fitted in the volume, %d steps in a box of %d px; %.0f nats above an empty map",
         *(problem.name, count, len(gains), side, gains[-1]),
     )
-    return Fitted(mixture.mixtures[0].detach(), float(mixture.unit), gains, held_out_gains)
+    return Fitted(mixture.mixtures[0].detach().cpu(), float(mixture.unit), gains, held_out_gains)
 
 
 def fit_all(
@@ -195,10 +201,11 @@ def fit_all(
     mine = []
     for m in range(models):
         rank = m % world.size
-        problem = distributed.send_object(None if problems is None else problems[m], rank, world)
+        # What is sent names its device, and another rank's is another.
+        problem = distributed.send_object(None if problems is None else problems[m].to("cpu"), rank, world)
         if rank == world.rank:
             mine.append((m, problem))
-    fitted = distributed.together(lambda: {m: fit(problem, *settings) for m, problem in mine}, world)
+    fitted = distributed.together(lambda: {m: fit(problem.to(world.device), *settings) for m, problem in mine}, world)
     return [distributed.broadcast_object(fitted.get(m), world, m % world.size) for m in range(models)]
 
 
@@ -321,14 +328,14 @@ def _descend(
         # The best grey scale, if it is one: amplitudes near zero could not move.
         factor = form.best_factor(_draw(mixture, side, box))
         mixture.unit *= factor if math.isfinite(factor) and factor > 1e-3 else 1.0
-    gains, held_out_gains = [], []
+    gains, held_out_gains = [], []  # on the device, which is not waited for
     for step in range(volume.steps):
         drawn = _draw(mixture, side, box)
         with torch.no_grad():
             value, gradient = form(drawn.detach())
         gains.append(value)
         if held_out is not None:
-            held_out_gains.append(-float(held_out(drawn.detach())[0]))
+            held_out_gains.append(-held_out(drawn.detach())[0])
         wanted = 0.5 * volume.prior * (mixture.shares() * mixture.gaussians - 1).square().sum()
         torch.autograd.backward([drawn, wanted], [gradient, torch.ones_like(wanted)])
         progress = step / volume.steps
@@ -340,7 +347,7 @@ def _descend(
             f"{problem.name}: its fit in the volume did not stay finite; lower volume.step_px ({volume.step_px:g}) or "
             f"volume.prior ({volume.prior:g})"
         )
-    return gains, held_out_gains
+    return gains, torch.stack(held_out_gains).tolist() if held_out_gains else []
 
 
 def _draw(mixture: GaussianMixture, side: int, box: int) -> Tensor:

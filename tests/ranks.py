@@ -80,16 +80,16 @@ def recorded(folder: Path, argument: int, words: list[str]) -> int:
     record = {"ids": [], "gradients": [], "losses": [], "theta": []}
     step, update = Trainer._step, GatedAdam.step
 
-    def watched_step(self, ids, mine, rate):
+    def watched_step(self, mine, counts, rate):
         record["ids"].append(torch.from_numpy(mine.ids))
         record["theta"].append(self.reconstruction.mixture.theta.detach().clone())
-        step(self, ids, mine, rate)
+        step(self, mine, counts, rate)
 
-    def watched_update(self, rate, losses, counts):
+    def watched_update(self, losses, counts):
         if len(record["gradients"]) < 3:
             record["gradients"].append(torch.stack([mixture.grad.clone() for mixture in self._mixtures]))
         record["losses"].append(losses.clone())
-        update(self, rate, losses, counts)
+        update(self, losses, counts)
 
     Trainer._step, GatedAdam.step = watched_step, watched_update
     try:
@@ -107,11 +107,11 @@ def poisoned(folder: Path, argument: int, words: list[str]) -> int:
     step, run_epoch, wrap, destroy = Trainer._step, Trainer.run_epoch, distributed.wrap, dist.destroy_process_group
     wrapped = []
 
-    def poisoned_step(self, ids, mine, rate):
+    def poisoned_step(self, mine, counts, rate):
         if self.progress.step == argument and self.world.rank == self.world.size - 1:
             self.dataset._spectra[self.dataset._row[mine.ids[0]]] = torch.nan
             (folder / "particle.txt").write_text(self.table.location(int(mine.ids[0])))
-        step(self, ids, mine, rate)
+        step(self, mine, counts, rate)
 
     def watched_epoch(self, on_report):
         try:
@@ -137,10 +137,10 @@ def killed(folder: Path, argument: int, words: list[str]) -> int:
     """Train, and die without a word before step ``argument``."""
     step = Trainer._step
 
-    def last_step(self, ids, rate):
+    def last_step(self, mine, counts, rate):
         if self.progress.step == argument:
             os.kill(os.getpid(), signal.SIGKILL)
-        step(self, ids, rate)
+        step(self, mine, counts, rate)
 
     Trainer._step = last_step
     return train.main(words)
