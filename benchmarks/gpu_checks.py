@@ -1,7 +1,7 @@
 """All that a machine with an NVIDIA GPU is for, in order: python -m benchmarks.gpu_checks --output FOLDER.
 
     1            the extension builds for this chip, and `cryosplat doctor` says what it is
-    2            the GPU part of the test suite; 2-memcheck and 2-racecheck: the same under compute-sanitizer
+    2-tests      the GPU part of the test suite; 2-memcheck and 2-racecheck: the same under compute-sanitizer
     3-ops        kernels against their floor
     3-step       the training step against its floor, and a roofline of both
     4            the rasteriser of the CryoSplat reference on the same GPU
@@ -235,7 +235,7 @@ def profile(checks: Checks, limit_s: float) -> tuple[str, dict]:
 
 STEPS = (
     ("1", "build and doctor", 420, build),
-    ("2", "GPU tests", 420, tests),
+    ("2-tests", "GPU tests", 420, tests),
     ("2-memcheck", "GPU tests under memcheck", 420, sanitized("memcheck")),
     ("2-racecheck", "GPU tests under racecheck", 420, sanitized("racecheck")),
     ("3-ops", "kernels against their floor", 300, kernels),
@@ -324,7 +324,7 @@ def read_results(files: list[Path]) -> dict[str, Result]:
 
 
 def wanted(only: list[str]) -> list[tuple]:
-    """The steps that --only names, by name or by number: 2 means 2, 2-memcheck and 2-racecheck."""
+    """The steps that --only names, by name or by number: 3 means 3-ops and 3-step."""
     return [step for step in STEPS if not only or step[0] in only or step[0].partition("-")[0] in only]
 
 
@@ -338,16 +338,17 @@ def sees_gpu() -> bool:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="such as 1 2 3-ops")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="such as 1 2-tests 3")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="seconds for all of them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes that tell nothing, to see that all runs")
     parser.add_argument("--before", nargs="+", type=Path, default=[], metavar="JSON", help="of earlier calls")
+    parser.add_argument("--merge", action="store_true", help="run nothing: put the results of --before together")
     args = parser.parse_args()
     known = {part for name, *_ in STEPS for part in (name, name.partition("-")[0])}
     if strange := [name for name in args.only if name not in known]:
         parser.error(f"--only {' '.join(strange)}: the steps are {', '.join(name for name, *_ in STEPS)}")
-    if args.device == "cuda" and not sees_gpu():
+    if args.device == "cuda" and not args.merge and not sees_gpu():
         parser.error("nvidia-smi shows no GPU here; --device cpu --small tries what needs none")
     return args
 
@@ -362,7 +363,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-checks-") as work:
         end = time.monotonic() + args.budget
         checks = Checks(args.output.resolve(), Path(work), args.device, args.small, end)
-        for name, what, limit_s, step in wanted(args.only):
+        for name, what, limit_s, step in () if args.merge else wanted(args.only):
             print(f"{name}: {what} ...", flush=True)
             results[name] = result = perform(checks, name, what, limit_s, step)
             done.append(result)
@@ -373,6 +374,7 @@ def main() -> int:
             print(f"  {result.status} {result.reason} ({result.seconds:.0f} s)", flush=True)
         if any(result.step.startswith("3") and result.status == "passed" for result in done):
             draw(checks, results)
+        write(checks, results)
     print(summary(results))
     return int(any(result.status == "failed" for result in done))
 

@@ -50,8 +50,8 @@ class Machine:
         return dataclasses.asdict(self)
 
 
-def measure_machine(device: torch.device) -> Machine:
-    """Measure the roofs; half a second of a CPU, less of a GPU."""
+def measure_machine(device: torch.device, least_seconds: float = 0.05) -> Machine:
+    """Measure the roofs, each the best of five runs of at least so many seconds."""
     kind = device.type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else _processor()
     lanes = 1 if kind == "cuda" else {"avx512": 16, "avx2": 8, "baseline": 4}[core.instruction_set()]
@@ -59,12 +59,12 @@ def measure_machine(device: torch.device) -> Machine:
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     try:
-        product_s = min(time_call(lambda: torch.mm(a, b), device) for _ in range(5))
+        product_s = min(time_call(lambda: torch.mm(a, b), device, least_seconds) for _ in range(5))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
     source = torch.ones(COPY_BYTES[kind] // 4, device=device)
     target = torch.empty_like(source)
-    copy_s = min(time_call(lambda: target.copy_(source), device) for _ in range(5))
+    copy_s = min(time_call(lambda: target.copy_(source), device, least_seconds) for _ in range(5))
     return Machine(kind, name, lanes, size**3 / product_s, 2 * COPY_BYTES[kind] / copy_s)
 
 

@@ -245,7 +245,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    machine = measure_machine(device)
+    machine = measure_machine(device, 0.005 if args.small else 0.05)
     rows = []
     for cases in all_cases(machine, tuple(args.kinds), args.small):
         rows += measure(cases, machine, args.turns, 0.005 if args.small else 0.05)

@@ -108,7 +108,7 @@ NETWORKS = (
     Network("InfiniBand 400 Gb/s, an adapter a GPU", 370, 188),
     Network("InfiniBand 200 Gb/s, an adapter a node", 230, 24),
     Network("InfiniBand 100 Gb/s, an adapter a node", 230, 12.2),
-    Network("Ethernet 25 Gb/s (TCP)", 230, 1.7, 8.4, 3.4, 26.0, 28.0, 28.0, 1.0, 0.92),
+    Network("Ethernet 25 Gb/s (TCP)", 230, 1.7, 8.4, 3.4, 16.0, 28.0, 28.0, 1.0, 0.92),
 )
 """Sources in benchmarks/scaling.md."""
 

@@ -253,7 +253,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    machine = measure_machine(device)
+    machine = measure_machine(device, 0.005 if args.small else 0.05)
     sizes = SMALL if args.small else [SIZES[place] for place in args.sizes]
     rows = [measure(size, models, machine, args.epochs, STEPS[args.device]) for size in sizes for models in args.models]
     print(tables(machine, rows))
