@@ -57,11 +57,12 @@ def measure_machine(device: torch.device, least_seconds: float = 0.05) -> Machin
     lanes = 1 if kind == "cuda" else {"avx512": 16, "avx2": 8, "baseline": 4}[core.instruction_set()]
     size = PRODUCT_SIZE[kind]
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         product_s = min(time_call(lambda: torch.mm(a, b), device, least_seconds) for _ in range(5))
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.set_float32_matmul_precision(precision)
     source = torch.ones(COPY_BYTES[kind] // 4, device=device)
     target = torch.empty_like(source)
     copy_s = min(time_call(lambda: target.copy_(source), device, least_seconds) for _ in range(5))

@@ -20,13 +20,14 @@ import matplotlib.pyplot as plt
 STYLES = {
     "splat": ("o", "tab:blue"),
     "splat backward": ("o", "tab:orange"),
+    "residual": ("D", "tab:gray"),
     "voxelise": ("s", "tab:green"),
     "voxelise backward": ("s", "tab:red"),
     "insert": ("^", "tab:purple"),
     "insert, deterministic": ("v", "tab:brown"),
     "step": ("*", "black"),
 }
-OTHERS = ("D", "tab:gray")
+OTHERS = ("x", "tab:pink")
 
 
 def points(ops: dict, step: dict | None) -> list[tuple[str, str, float, float]]:

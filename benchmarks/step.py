@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import floors
@@ -133,8 +134,9 @@ def profile_steps(trainer: Trainer) -> list[dict]:
         trainer.run_epoch(lambda report: None)
     costs = []
     for event in profiler.key_averages():
-        # Beside kernels a GPU's list has the operators that launched them, with the same time again.
-        if on_cpu or event.device_type == torch.autograd.DeviceType.CUDA:
+        # Beside kernels a GPU's list has the operators and marked stretches around them, with the same time again.
+        kernel = event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if on_cpu or kernel:
             own = event.self_cpu_time_total if on_cpu else event.self_device_time_total
             if own > 0:
                 costs.append({"name": event.key, "us": own / trainer.plan.batches, "calls": event.count})

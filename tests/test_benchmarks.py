@@ -71,11 +71,24 @@ def test_tests_that_were_all_skipped_are_no_proof():
         gpu_checks.counted("")
 
 
-def test_the_mark_for_gpus_is_on_all_that_is_skipped_without_one():
-    files = gpu_checks.files_with_gpu_tests()
-    command = [sys.executable, *gpu_checks.PYTEST, "--collect-only", *files]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    assert "test_the_gpu_agrees_through_the_operator" in found and "deselected" in found
+def test_the_gpu_tests_run_plain_and_under_the_sanitizer_where_there_is_one(checks, monkeypatch, tmp_path):
+    """A stand-in for it says what it was asked for; without a GPU the tests are found and all are skipped."""
+    checks.device = "cuda"
+    monkeypatch.setattr(gpu_environment, "python", lambda: Path(sys.executable))
+    monkeypatch.setattr(gpu_checks, "SANITIZER_PLACES", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Skip, match="not installed"):
+        gpu_checks.sanitized("memcheck")(checks, 60)
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@"\necho "1 passed in 0.1s"\necho "SUMMARY: 0"\n'
+    )
+    tool.chmod(0o755)
+    assert gpu_checks.sanitized("racecheck")(checks, 60)[0] == "1 passed in 0.1s\n\nSUMMARY: 0"
+    log = (tmp_path / "gpu_checks.log").read_text()
+    assert "1 --tool racecheck" in log and "-m pytest" in log
+    files = gpu_checks.gpu_tests(checks, 60)
+    assert {"tests/test_ops.py", "tests/test_cuda_insert.py"} <= set(files) and "tests/test_benchmarks.py" not in files
 
 
 def test_the_reference_is_looked_for_where_its_variable_says(checks, monkeypatch):
