@@ -159,16 +159,20 @@ def prepare(checks: Checks, limit_s: float) -> None:
 PYTEST = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu"]
 
 
-def gpu_tests(checks: Checks, limit_s: float) -> list[str]:
-    """Test files that have anything for a GPU, as pytest finds them; a file that lacks a package here is left out."""
+def gpu_tests(checks: Checks, limit_s: float) -> tuple[list[str], list[str]]:
+    """Test files that have anything for a GPU, as pytest finds them; and those that it cannot read here, with why."""
     checks.need_gpu()
     words = [checks.python, *PYTEST, "--collect-only", "--continue-on-collection-errors", "tests"]
     text = checks.run(words, limit_s, may_fail=True)
-    return sorted({line.partition("::")[0] for line in text.splitlines() if "::" in line and " " not in line})
+    lines = text.splitlines()
+    files = sorted({line.partition("::")[0] for line in lines if "::" in line and " " not in line})
+    return files, [line.removeprefix("ERROR ") for line in lines if line.startswith("ERROR ")]
 
 
 def tests(checks: Checks, limit_s: float) -> tuple[str, dict]:
-    return counted(checks.run([checks.python, *PYTEST, *gpu_tests(checks, limit_s)], limit_s)), {}
+    files, left_out = gpu_tests(checks, limit_s)
+    text = counted(checks.run([checks.python, *PYTEST, *files], limit_s))
+    return "\n\n".join([text, *(f"not read: {what}" for what in left_out)]), {}
 
 
 def counted(text: str) -> str:
@@ -186,7 +190,7 @@ def sanitized(tool: str):
         sanitizer = shutil.which("compute-sanitizer", path=places)
         if sanitizer is None:
             raise Skip("compute-sanitizer is not installed")
-        files = gpu_tests(checks, limit_s)
+        files, _ = gpu_tests(checks, limit_s)
         words = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
         # PyTorch's cache of memory would hide what is read or written beyond a tensor's end.
         text = checks.run(

@@ -87,8 +87,12 @@ def test_the_gpu_tests_run_plain_and_under_the_sanitizer_where_there_is_one(chec
     assert gpu_checks.sanitized("racecheck")(checks, 60)[0] == "1 passed in 0.1s\n\nSUMMARY: 0"
     log = (tmp_path / "gpu_checks.log").read_text()
     assert "1 --tool racecheck" in log and "-m pytest" in log
-    files = gpu_checks.gpu_tests(checks, 60)
-    assert {"tests/test_ops.py", "tests/test_cuda_insert.py"} <= set(files) and "tests/test_benchmarks.py" not in files
+    files, left_out = gpu_checks.gpu_tests(checks, 60)
+    assert (
+        left_out == []
+        and {"tests/test_ops.py", "tests/test_cuda_insert.py"} <= set(files)
+        and "tests/test_benchmarks.py" not in files
+    )
 
 
 def test_the_reference_is_looked_for_where_its_variable_says(checks, monkeypatch):
