@@ -70,7 +70,7 @@ class LinearHalf:
         map: (D, D, D) float32, [z, y, x], in the units of a mixture's map; its transform is zero where empty.
         variance: (D, D, D//2+1) float32, of the noise of the map's transform (``rfftn``) by voxel, up to a factor near
             1; infinite where empty.
-        equations: the likelihood of its images, which mixtures are fitted to.
+        equations: the likelihood of its images, which mixtures are fitted to; on the CPU, to be sent to whoever fits.
     """
 
     map: np.ndarray
@@ -149,7 +149,7 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
     del averaged, seen, noise
     numerator = _hermitian(torch.complex(sums[..., 0], sums[..., 1]))
     in_space = grid.to_space(numerator)
-    equations = NormalEquations(kernel, NormalEquations.cut_data(in_space, box))
+    equations = NormalEquations(kernel, NormalEquations.cut_data(in_space, box)).to(torch.device("cpu"))
     volume = grid.solve(in_space, inverse)
     del in_space
     residual = numerator.sub_(grid.from_map(volume).mul_(denominator))

@@ -78,11 +78,11 @@ class Courier:
         self._array, self._device = array, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def send(self, rows: np.ndarray) -> Tensor:
-        """Begin to copy ``rows`` (B,); what is returned must not be used before ``take``."""
+    def send(self, rows: Tensor) -> Tensor:
+        """Begin to copy ``rows`` (B,), on the host; what is returned must not be used before ``take``."""
         pinned = self._stream is not None
         staged = torch.empty(len(rows), *self._array.shape[1:], dtype=self._array.dtype, pin_memory=pinned)
-        torch.index_select(self._array, 0, torch.from_numpy(rows), out=staged)
+        torch.index_select(self._array, 0, rows, out=staged)
         if self._stream is None:
             return staged
         # Not farther ahead of the work than it has been queued: a host in a hurry would fill the GPU with batches.

@@ -203,15 +203,16 @@ class ParticleDataset:
         """
         # Row -1 would be the last image: another particle's pixels under this one's pose, and no error.
         assert all((self._row[ids] >= 0).all() for ids in order), "a batch has a particle of another rank"
-        every = to_device(np.concatenate([np.empty(0, np.int64), *order]), self.device)
-        places = every.split([len(ids) for ids in order])
+        every, sizes = np.concatenate([np.empty(0, np.int64), *order]), [len(ids) for ids in order]
+        places = to_device(every, self.device).split(sizes)
         if self._courier is None:
             yield from map(Chosen, order, places)
             return
-        sent = [self._courier.send(self._row[ids]) for ids in order[:1]]
+        rows = torch.from_numpy(self._row[every]).split(sizes)
+        sent = [self._courier.send(first) for first in rows[:1]]
         for number, (ids, at) in enumerate(zip(order, places, strict=True)):
             stored = self._courier.take(sent.pop())
-            sent += [self._courier.send(self._row[following]) for following in order[number + 1 : number + 2]]
+            sent += [self._courier.send(following) for following in rows[number + 1 : number + 2]]
             yield Chosen(ids, at, stored)
 
     def select(self, chosen: Chosen) -> Batch:

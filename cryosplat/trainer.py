@@ -94,6 +94,8 @@ class Trainer:
         self._recent: collections.deque[tuple[int, np.ndarray, Tensor]] = collections.deque()
         self._totals = torch.zeros(mixture.models, device=self.world.device)
         self._micro_batch = self.config.micro_batch or self.config.batch
+        # Other ranks wait in the last micro-batch, so GPU memory must not run out in it: it is an empty one.
+        self._shares_apart = self.world.size > 1 and self.world.device.type == "cuda"
         self._graphs: StepGraphs | None = None
 
     @property
@@ -256,10 +258,10 @@ class Trainer:
         try:
             return self._accumulate(batch, counts)
         except torch.cuda.OutOfMemoryError as error:
-            if min(self._micro_batch, len(batch)) <= 1:
-                raise InputError(f"rank {self.world.rank}: with one image at a time, {OUT_OF_MEMORY}") from error
             if self.world.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise  # the graph is not recorded, and the step run as it comes
+            if min(self._micro_batch, len(batch)) <= 1:
+                raise InputError(f"rank {self.world.rank}: with one image at a time, {OUT_OF_MEMORY}") from error
             return None
 
     def _accumulate(self, batch: Batch, counts: Tensor) -> Tensor:
@@ -268,8 +270,7 @@ class Trainer:
         self.reconstruction.ledger.grad = None
         size, losses = self._micro_batch, []
         parts = [batch.part(slice(at, at + size)) for at in range(0, len(batch), size)] or [batch]
-        if self.world.size > 1 and self.world.device.type == "cuda":
-            # An empty one: other ranks wait in the last, so memory must not run out in it.
+        if self._shares_apart:
             parts.append(batch.part(slice(0, 0)))
         for number, part in enumerate(parts):
             last = number == len(parts) - 1

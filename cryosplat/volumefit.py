@@ -16,7 +16,7 @@ Nothing is shared between models: mask, filter, number of Gaussians and points a
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
@@ -71,6 +71,8 @@ LAST_RATE = 0.1
 
 BETAS = (0.9, 0.99)
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -98,19 +100,13 @@ class Problem:
         """D."""
         return len(self.half.map)
 
-    def to(self, device: torch.device | str) -> "Problem":
-        """The same, what the fit descends by on another device."""
-        equations = self.half.equations.to(device)
-        held_out = None if self.held_out is None else self.held_out.to(device)
-        return replace(self, half=replace(self.half, equations=equations), held_out=held_out)
-
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
     """A mixture that came out of a fit.
 
     Attributes:
-        parameters: (G, 11) of ``GaussianMixture``.
+        parameters: (G, 11) of ``GaussianMixture``, on the CPU.
         unit: its grey scale.
         gains: log likelihood over that of an empty map, in nats, before every step.
         held_out_gains: the same of the images held out; empty if there are none.
@@ -146,7 +142,13 @@ def whole(halves: tuple[LinearHalf, LinearHalf]) -> LinearHalf:
     return LinearHalf(volume, variance, halves[0].equations + halves[1].equations)
 
 
-def fit(problem: Problem, model: ModelConfig, volume: VolumeConfig, scale_range: tuple[float, float]) -> Fitted:
+def fit(
+    problem: Problem,
+    model: ModelConfig,
+    volume: VolumeConfig,
+    scale_range: tuple[float, float],
+    device: torch.device = CPU,
+) -> Fitted:
     """Start a mixture and fit it.
 
     Args:
@@ -154,23 +156,24 @@ def fit(problem: Problem, model: ModelConfig, volume: VolumeConfig, scale_range:
         model: of the run; ``gaussians`` None: as many as its resolution and volume ask for.
         volume: of the run.
         scale_range: least and greatest scale, fractions of the box.
+        device: to fit on.
 
     Raises:
         InputError: the fit did not stay finite.
     """
-    box, device = problem.box, problem.half.equations.data.device
+    box = problem.box
     sums = SectorSums(box)
     filtered, resolved = wiener_alone(problem.half, sums, problem.share)
     mask = _mask(problem)
     side = min(2 * (int(np.abs(np.argwhere(mask > MASK_LEVEL) - box // 2).max()) + 1), 2 * (box // 2))
-    form = problem.half.equations.within(side)
+    form = problem.half.equations.to(device).within(side)
     count = model.gaussians or _count(mask, resolved, box)
     mixture = GaussianMixture(1, count, model.amplitudes, scale_range).to(device)
     if model.start == "random":
         mixture.start_randomly(model.spread, model.scale, problem.seed)
     else:
         _start_from(filtered * mask, mixture, problem)
-    held_out = None if problem.held_out is None else problem.held_out.within(side)
+    held_out = None if problem.held_out is None else problem.held_out.to(device).within(side)
     gains, held_out_gains = _descend(mixture, form, box, volume, problem, held_out)
     logger.info(
         "%s: %d Gaussians fitted in the volume, %d steps in a box of %d px; %.0f nats above an empty map",
@@ -201,11 +204,10 @@ def fit_all(
     mine = []
     for m in range(models):
         rank = m % world.size
-        # What is sent names its device, and another rank's is another.
-        problem = distributed.send_object(None if problems is None else problems[m].to("cpu"), rank, world)
+        problem = distributed.send_object(None if problems is None else problems[m], rank, world)
         if rank == world.rank:
             mine.append((m, problem))
-    fitted = distributed.together(lambda: {m: fit(problem.to(world.device), *settings) for m, problem in mine}, world)
+    fitted = distributed.together(lambda: {m: fit(problem, *settings, world.device) for m, problem in mine}, world)
     return [distributed.broadcast_object(fitted.get(m), world, m % world.size) for m in range(models)]
 
 
@@ -328,26 +330,28 @@ def _descend(
         # The best grey scale, if it is one: amplitudes near zero could not move.
         factor = form.best_factor(_draw(mixture, side, box))
         mixture.unit *= factor if math.isfinite(factor) and factor > 1e-3 else 1.0
-    gains, held_out_gains = [], []  # on the device, which is not waited for
+    gains, held_out_gains = [], []
     for step in range(volume.steps):
         drawn = _draw(mixture, side, box)
         with torch.no_grad():
             value, gradient = form(drawn.detach())
         gains.append(value)
         if held_out is not None:
-            held_out_gains.append(-held_out(drawn.detach())[0])
+            held_out_gains.append(held_out(drawn.detach())[0])
         wanted = 0.5 * volume.prior * (mixture.shares() * mixture.gaussians - 1).square().sum()
         torch.autograd.backward([drawn, wanted], [gradient, torch.ones_like(wanted)])
         progress = step / volume.steps
         adam.step(LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
         _settle(parameters, bounds, reach)
+    # Read once, at the end: a GPU would wait for the host at every step.
     gains = (-torch.stack(gains)).tolist()
+    held_out_gains = (-torch.stack(held_out_gains)).tolist() if held_out_gains else []
     if not all(map(math.isfinite, gains)) or not bool(torch.isfinite(parameters).all()):
         raise InputError(
             f"{problem.name}: its fit in the volume did not stay finite; lower volume.step_px ({volume.step_px:g}) or "
             f"volume.prior ({volume.prior:g})"
         )
-    return gains, torch.stack(held_out_gains).tolist() if held_out_gains else []
+    return gains, held_out_gains
 
 
 def _draw(mixture: GaussianMixture, side: int, box: int) -> Tensor:

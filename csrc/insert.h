@@ -71,7 +71,8 @@ void insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar* accumulator
 namespace cuda {
 
 // The same on a GPU, without waiting and without memory of its own; the address of accumulators is divisible by 16.
-// Returns null, or what the CUDA runtime has against the launch. `deterministic`: the same bits on every run, for equal V; else additions race, and rounding with them.
+// Returns null, or what the CUDA runtime has against the launch. `deterministic`: the same bits on every run, for equal
+// V; else additions race, and rounding with them.
 template <class Scalar>
 const char* insert(const InsertShape&, const InsertInputs<Scalar>&, Scalar* accumulators, bool deterministic,
                    const Stream& stream);

@@ -64,6 +64,10 @@ inline void sincospi(double x, double* sine, double* cosine) {
 
 inline int __ffs(int word) { return __builtin_ffs(word); }
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import training_set
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from cryosplat import distributed, train
 from cryosplat.optimiser import GatedAdam
@@ -99,6 +100,31 @@ def recorded(folder: Path, argument: int, words: list[str]) -> int:
         torch.save(record, folder / f"record{os.environ.get('RANK', '0')}.pt")
 
 
+def counted(folder: Path, argument: int, words: list[str]) -> int:
+    """Train; ``argument`` 1: as on GPUs, where gradients are shared apart. Saves how often they were shared."""
+    wrap, shared = distributed.wrap, []
+
+    def counting(_, bucket):
+        shared.append(bucket.is_last())
+        return allreduce_hook(None, bucket)
+
+    def watched_wrap(module, world):
+        made = wrap(module, world)
+        made.register_comm_hook(None, counting)
+        return made
+
+    prepare = Trainer.__post_init__
+
+    def prepared(self):
+        prepare(self)
+        self._shares_apart = argument == 1
+
+    distributed.wrap, Trainer.__post_init__ = watched_wrap, prepared
+    code = train.main(words)
+    (folder / f"shared{os.environ['RANK']}.txt").write_text(str(sum(shared)))
+    return code
+
+
 def poisoned(folder: Path, argument: int, words: list[str]) -> int:
     """Train; the last rank's first particle of step ``argument`` turns into NaN.
 
@@ -159,7 +185,7 @@ def plain(folder: Path, argument: int, words: list[str]) -> int:
     return train.main(words)
 
 
-PROGRAMS = {program.__name__: program for program in (recorded, poisoned, killed, plain)}
+PROGRAMS = {program.__name__: program for program in (recorded, counted, poisoned, killed, plain)}
 
 
 # The launcher

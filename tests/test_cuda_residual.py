@@ -8,6 +8,7 @@ from backends import needs_gpu
 
 from cryosplat import spectral
 from cryosplat.ctf import RELATIVISTIC_PER_VOLT, WAVELENGTH_NUMERATOR_A, ctf_image
+from cryosplat.errors import InputError
 
 PIXEL_SIZE_A = 1.1
 
@@ -182,6 +183,12 @@ def test_the_operator_on_the_cpu_and_that_on_a_gpu_agree_with_the_formula(ctf, w
     check((on_cpu[0].numpy(), torch.ops.cryosplat.spectral_residual(*on_cpu).numpy()), case)
     with hostcuda.on_host():
         check((on_gpu[0].numpy(), spectral.on_gpu(*on_gpu).numpy()), case)
+
+
+def test_double_precision_is_refused_in_words():
+    spectra, *others = operands(Case(8, 2, 3))
+    with hostcuda.on_host(), pytest.raises(InputError, match="GPUs take single precision, got torch.complex128"):
+        spectral.on_gpu(spectra.to(torch.complex128), *others)
 
 
 def test_the_operator_is_what_pytorch_expects_of_one():

@@ -24,8 +24,10 @@ LAYERS = (
         "quadratic",
         "batches",
     ),
+    ("cudaops",),
     # Single files and single operations.
-    ("ending", "files", "unpickle", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
+    ("ending", "files", "unpickle", "images", "atoms", "cudaops", "symmetry", "nulls"),
+    ("ops", "spectral"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
     ("distributed", "optimiser", "stepgraph", "halves", "runs", "fsc"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),

@@ -2,11 +2,11 @@
 // result is the same on every run.
 //
 // A layer (the image of a view, the plane of a volume) is cut into regions of 32 x 32 pixels, a block each, and these
-// into tiles of 8 x 8, a warp each. Which Gaussians reach a region is a row of bits, a bit a Gaussian, which the kernels
-// that prepare footprints write by ballots: no sorting, no counting, a size that is known beforehand, and an order that
-// is kept. The block takes up to `chunk` set bits at a time, stages their footprints in shared memory, and each warp
-// picks those of its tile. Four groups of 8 lanes, a lane a column, then take a Gaussian each, with the tile's rows in
-// registers; the groups' sums are added at the end.
+// into tiles of 8 x 8, a warp each. Which Gaussians reach a region is a row of bits, a bit a Gaussian, which the
+// kernels that prepare footprints write by ballots: no sorting, no counting, a size that is known beforehand, and an
+// order that is kept. The block takes up to `chunk` set bits at a time, stages their footprints in shared memory, and
+// each warp picks those of its tile. Four groups of 8 lanes, a lane a column, then take a Gaussian each, with the
+// tile's rows in registers; the groups' sums are added at the end.
 #pragma once
 
 #include "footprint.h"
@@ -17,14 +17,13 @@ namespace cuda {
 namespace {
 
 constexpr int tile_side = 8, region_side = 32;
-static_assert(tile_side == group_lanes, "a lane is a column of a tile");
+static_assert(tile_side == group_lanes && tile_side == 8, "a lane is a column of a tile, a byte has a bit a row");
 constexpr int tiles_along = region_side / tile_side, tiles_in_region = tiles_along * tiles_along;
 constexpr int draw_threads = warp_lanes * tiles_in_region;
-
-// Blocks that a multiprocessor is to hold at a time: as many as a thread has registers enough for. Left to itself, ptxas
-// takes fewer registers on some chips and puts the rest into memory.
+// Of a multiprocessor, at a time: 32 warps, which is what one of sm_75 takes at most.
 template <class T>
-constexpr int draws_together = sizeof(T) == 4 ? 2 : 1;
+constexpr int draw_blocks = sizeof(T) == 4 ? 2 : 1;
+
 constexpr int chunk = 256;
 
 // Threads of the kernels that prepare, a Gaussian each; they write whole sectors of 8 words to the rows of bits.
@@ -77,7 +76,7 @@ __device__ inline void write_bits(const Bits& bits, Index layer, Index block, co
   }
 }
 
-// Footprints as the warps of a block read them: whole numbers as T too, so that no lane converts.
+// Footprints as the warps of a block read them: along x in T, so that no lane converts.
 template <class T>
 struct StagedFootprints {
   struct alignas(16) Centre {
@@ -87,8 +86,8 @@ struct StagedFootprints {
     T scaled_xx, slope, scaled_yy, height;
   } shape[chunk];
   struct alignas(16) Extent {
-    Range x, y;
-    T decay;
+    T last_x, decay;
+    Range y;
     int steep;
   } extent[chunk];
 
@@ -96,25 +95,32 @@ struct StagedFootprints {
     const T scaled_yy = f.p_yy * T(half_log2_e);
     centre[at] = {f.mean_x, f.mean_y, T(f.x.first), T(f.y.first)};
     shape[at] = {f.inverse_xx * T(half_log2_e), f.slope, scaled_yy, f.height};
-    extent[at] = {f.x, f.y, exp2_of(-2 * scaled_yy), is_steep(f, mildest)};
+    extent[at] = {T(f.x.last), exp2_of(-2 * scaled_yy), f.y, is_steep(f, mildest)};
+  }
+
+  __device__ bool meets(int at, T x, int y) const {
+    const auto& e = extent[at];
+    return centre[at].first_x < x + tile_side && e.last_x >= x && e.y.first < y + tile_side && e.y.last >= y;
   }
 };
 
-// Adds the footprint's part in a column of a tile whose first pixel is (x, y).
+// Adds the part of a footprint that meets a tile in the tile's column x; y is its first row.
 template <class T>
-__device__ void add_column(const StagedFootprints<T>& staged, int at, int x, int y, T (&sums)[tile_side]) {
-  const auto extent = staged.extent[at];
-  const int first = larger_of(extent.y.first - y, 0), last = smaller_of(extent.y.last - y, tile_side - 1);
-  if (x < extent.x.first || x > extent.x.last || last < first) return;
+__device__ void add_column(const StagedFootprints<T>& staged, int at, T x, int y, T first_row, T (&sums)[tile_side]) {
   const auto centre = staged.centre[at];
+  const auto extent = staged.extent[at];
+  if (x < centre.first_x || x > extent.last_x) return;
+  // A bit a row.
+  const unsigned rows = (0xffu << larger_of(extent.y.first - y, 0)) &
+                        (0xffu >> (tile_side - 1 - smaller_of(extent.y.last - y, tile_side - 1)));
   const auto shape = staged.shape[at];
-  const T dx = (T(x) - centre.first_x) - centre.mean_x;
-  T e = shape.slope * dx + ((fmax(T(y), centre.first_y) - centre.first_y) - centre.mean_y);
+  const T dx = (x - centre.first_x) - centre.mean_x;
+  T e = shape.slope * dx + ((fmax(first_row, centre.first_y) - centre.first_y) - centre.mean_y);
   const T scaled_xx = shape.scaled_xx * dx * dx;
   if (extent.steep) {
 #pragma unroll
     for (int row = 0; row < tile_side; ++row) {
-      if (row < first || row > last) continue;
+      if (!(rows & (1u << row))) continue;
       sums[row] += shape.height * start_column(scaled_xx, shape.scaled_yy, e).g;
       e += 1;
     }
@@ -123,7 +129,7 @@ __device__ void add_column(const StagedFootprints<T>& staged, int at, int x, int
   Column<T> column = start_column(scaled_xx, shape.scaled_yy, e);
 #pragma unroll
   for (int row = 0; row < tile_side; ++row) {
-    if (row < first || row > last) continue;
+    if (!(rows & (1u << row))) continue;
     sums[row] += shape.height * column.g;
     column.g *= column.r;
     column.r *= extent.decay;
@@ -159,13 +165,10 @@ template <class T>
 __device__ int pick(const StagedFootprints<T>& staged, int count, int x, int y, unsigned char* mine) {
   const int lane = int(threadIdx.x) % warp_lanes;
   int picked = 0;
+  #pragma unroll 1
   for (int first = 0; first < count; first += warp_lanes) {
     const int at = first + lane;
-    bool meets = false;
-    if (at < count) {
-      const Range in_x = staged.extent[at].x, in_y = staged.extent[at].y;
-      meets = in_x.first < x + tile_side && in_x.last >= x && in_y.first < y + tile_side && in_y.last >= y;
-    }
+    const bool meets = at < count && staged.meets(at, T(x), y);
     const unsigned met = __ballot_sync(all_lanes, meets);
     if (meets) mine[picked + __popc(met & ((1u << lane) - 1))] = static_cast<unsigned char>(at);
     picked += __popc(met);
@@ -203,7 +206,7 @@ __device__ void draw_region(const Source& footprint_of, const Bits& bits, Index 
       __syncthreads();
       const int mine = pick(staged, count, tile_x, tile_y, picked[warp]);
       for (int i = group; i < mine; i += groups_in_warp)
-        add_column(staged, picked[warp][i], tile_x + column, tile_y, sums);
+        add_column(staged, picked[warp][i], T(tile_x + column), tile_y, T(tile_y), sums);
       __syncthreads();
     }
     if (before.total == 0) __syncthreads();  // of_warps has been read

@@ -28,7 +28,8 @@ __device__ inline bool is_empty(Range r) { return r.last < r.first; }
 // a sum of squares, so that thin tilted Gaussians lose no digits to cancellation. The mean refers to pixel
 // (x.first, y.first): small numbers keep their digits.
 //
-// A degenerate Gaussian covers the whole plane with a height of NaN: every pixel hears of it, and every sum over pixels.
+// A degenerate Gaussian covers the whole plane with a height of NaN: every pixel hears of it, and so does every sum
+// over pixels.
 template <class T>
 struct alignas(16) Footprint {
   T mean_x, mean_y, inverse_xx, slope, p_yy, height;
@@ -63,8 +64,8 @@ __device__ Pair<T> position(const Vector3<T>& a, const Vector3<T>& b, T c, T d) 
   return sum;
 }
 
-// Whole pixels within `reach` of a position, inside 0..box-1, and the position relative to the first. Clamped before the
-// conversion, so that far or huge Gaussians stay within an int.
+// Whole pixels within `reach` of a position, inside 0..box-1, and the position relative to the first. Clamped before
+// the conversion, so that far or huge Gaussians stay within an int.
 template <class T>
 __device__ Range pixels(Pair<T> at, T reach, int box, T* relative) {
   const T low = fmin(fmax(ceil(at.value - reach), T(0)), T(box));
@@ -74,8 +75,8 @@ __device__ Range pixels(Pair<T> at, T reach, int box, T* relative) {
 }
 
 // The exponent q/2 is largest at two corners of the cut-off's rectangle, cutoff^2 / (1 - |rho|). Recurrences over rows
-// begin at the first row of a footprint, where float must not have underflowed: it could not grow back. So Gaussians with
-// |rho| > mildest take an exponential at every pixel. steepest_exponent as in cpu/raster.h.
+// begin at the first row of a footprint, where float must not have underflowed: it could not grow back. So Gaussians
+// with |rho| > mildest take an exponential at every pixel. steepest_exponent as in cpu/raster.h.
 constexpr double steepest_exponent = 80.0;
 
 inline double mildest_correlation(double cutoff) {

@@ -1,7 +1,7 @@
-// Gradients by gathering: a group of 8 lanes owns a Gaussian and walks the layers (views of a batch, planes of a volume)
-// it is seen in. In each it sums the residual over its footprint, weighted with the Gaussian and the powers of the
-// offset: the six moments of math.h, which all gradients are linear in. Nothing is added in memory; sums run in a fixed
-// order, so the result is the same on every run.
+// Gradients by gathering: a group of 8 lanes owns a Gaussian and walks the layers (views of a batch, planes of a
+// volume) it is seen in. In each it sums the residual over its footprint, weighted with the Gaussian and the powers of
+// the offset: the six moments of math.h, which all gradients are linear in. Nothing is added in memory; sums run in a
+// fixed order, so the result is the same on every run.
 //
 // 8 layers are taken at a time: lane i prepares layer i, all lanes walk one layer after another, and lane i gets the
 // moments of layer i for the chain rule.
@@ -18,9 +18,11 @@ using device::Moments2;
 
 constexpr int gather_threads = 256, groups_in_block = gather_threads / group_lanes;
 
-// As draws_together; gradients of poses take registers too.
-template <class T, bool poses = false>
-constexpr int gathers_together = sizeof(T) == 8 ? 1 : poses ? 2 : 3;
+// Of a multiprocessor, at a time, at least: as many as leave registers enough for no spill.
+template <class T>
+constexpr int gather_blocks = sizeof(T) == 4 ? 3 : 1;
+template <class T>
+constexpr int gather_blocks_with_poses = sizeof(T) == 4 ? 2 : 1;
 
 // A footprint of more pixels is walked by the whole warp, for its groups in turn, lest one lane in four works.
 constexpr int wide_pixels = 2048;
@@ -51,46 +53,57 @@ struct Walk {
 template <class T>
 struct ColumnSums {
   T one, y, yy;
-
-  __device__ void add(T w, T dy) {
-    const T w_dy = w * dy;
-    one += w;
-    y += w_dy;
-    yy += w_dy * dy;
-  }
 };
 
+// Rows that are loaded before the first is used: memory answers in some 300 cycles.
+constexpr int rows_at_once = 4;
+
+// Adds rows dy, dy + 1, dy + 2, dy + 3 of weights w.
 template <class T>
+__device__ void add_rows(const T (&w)[rows_at_once], T dy, ColumnSums<T>* sums) {
+  const T one = (w[0] + w[1]) + (w[2] + w[3]);
+  const T row = w[1] + 2 * w[2] + 3 * w[3], square = w[1] + 4 * w[2] + 9 * w[3];
+  sums->one += one;
+  sums->y += dy * one + row;
+  sums->yy += dy * (dy * one + 2 * row) + square;
+}
+
+template <bool steep, class T>
 __device__ ColumnSums<T> walk_column(const Walk<T>& walk, int column, T dx, int stride) {
-  const T scaled_xx = walk.scaled_xx * dx * dx;
-  const T* at = walk.residual + column;
+  static_assert(rows_per_restart % rows_at_once == 0, "restarts fall between loads");
+  const T scaled_xx = walk.scaled_xx * dx * dx, tilt = walk.slope * dx;
   ColumnSums<T> sums = {T(0), T(0), T(0)};
+  Column<T> c = {T(0), T(0)};
   T dy = -walk.mean_y;
-  for (int start = 0; start < walk.height; start += rows_per_restart) {
-    const int rows = smaller_of(rows_per_restart, walk.height - start);
-    T e = walk.slope * dx + dy;
-    if (walk.steep) {
-      for (int row = 0; row < rows; ++row, at += stride, dy += 1, e += 1)
-        sums.add(*at * start_column(scaled_xx, walk.scaled_yy, e).g, dy);
-      continue;
+  int at = column;  // from the footprint's first pixel: 32 bits, which are cheaper to add to than an address
+#pragma unroll 1
+  for (int left = walk.height, row = 0; left > 0; left -= rows_at_once, row += rows_at_once, dy += rows_at_once) {
+    T w[rows_at_once];
+#pragma unroll
+    for (int k = 0; k < rows_at_once; ++k, at += stride) w[k] = left > k ? __ldg(walk.residual + at) : T(0);
+    if (!steep && row % rows_per_restart == 0) c = start_column(scaled_xx, walk.scaled_yy, tilt + dy);
+#pragma unroll
+    for (int k = 0; k < rows_at_once; ++k) {
+      if constexpr (steep) {
+        w[k] *= start_column(scaled_xx, walk.scaled_yy, tilt + (dy + k)).g;
+      } else {
+        w[k] *= c.g;  // finite beyond the last row too: it only falls there
+        c.g *= c.r;
+        c.r *= walk.decay;
+      }
     }
-    Column<T> c = start_column(scaled_xx, walk.scaled_yy, e);
-#pragma unroll 4
-    for (int row = 0; row < rows; ++row, at += stride, dy += 1) {
-      sums.add(*at * c.g, dy);
-      c.g *= c.r;
-      c.r *= walk.decay;
-    }
+    add_rows(w, dy, &sums);
   }
   return sums;
 }
 
 // Adds to `moments` the columns lane, lane + lanes, ... of a footprint.
 template <class T>
-__device__ void walk_columns(const Walk<T>& walk, int lane, int lanes, int stride, Moments2<T>* moments) {
+__device__ void walk_columns(const Walk<T> walk, int lane, int lanes, int stride, Moments2<T>* moments) {
   for (int column = lane; column < walk.width; column += lanes) {
     const T dx = T(column) - walk.mean_x;
-    const ColumnSums<T> sums = walk_column(walk, column, dx, stride);
+    const ColumnSums<T> sums =
+        walk.steep ? walk_column<true>(walk, column, dx, stride) : walk_column<false>(walk, column, dx, stride);
     const T x = sums.one * dx;
     moments->one += sums.one;
     moments->x += x;
@@ -131,7 +144,7 @@ __device__ Moments2<T> walk_layers(const Walk<T> (*walks)[group_lanes], int laye
 // Walks all layers of a group's Gaussian. `layers` has
 //   count                      how many
 //   footprint(i), residual(i)  in layer i, and the first pixel of that layer
-//   add(is_there, i, footprint, moments)   called by all lanes of a warp together, each with a layer of its own, or none
+//   add(is_there, i, footprint, moments)   called by all lanes of a warp together, each with its own layer, or none
 template <class T, class Layers>
 __device__ void gather(Layers& layers, int box, T mildest) {
   __shared__ GatherMemory<T> memory;

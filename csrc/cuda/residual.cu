@@ -2,10 +2,12 @@
 //
 // `spectral_residual` reads and writes every coefficient once: a thread has four of one particle, makes their CTF and
 // uses it for all models that show the particle. `prepare_phases` before it forms the CTF's coefficients in double, a
-// thread a particle, so that neither doubles nor an arc sine burden the other's registers; `add_residuals` after it adds
-// the blocks' sums in their order. Bytes are the floor: at D = 256 with two models and images in half precision 36 bytes
-// a coefficient, 1.2 MB an image.
+// thread a particle, so that neither doubles nor an arc sine burden the other's registers; `add_residuals` after it
+// adds the blocks' sums in their order. Bytes are the floor: at D = 256 with two models and images in half precision
+// 36 bytes a coefficient, 1.2 MB an image, besides a whitening that stays in the cache.
 #include "../residual.h"
+
+#include <type_traits>
 
 #include "launch.h"
 #include "warp.h"
@@ -91,10 +93,13 @@ __global__ void __launch_bounds__(warp_lanes)
                       float((double(p[6]) + asin(double(p[5]))) / pi)};
 }
 
+template <int bits>
+using NumberOf = std::conditional_t<bits == 16, Half, float>;
+
 // Blocks: the chunks of each particle, one particle after the other. Sums: (W, B, chunks).
-template <class Number, int models>
+template <int bits, int models>
 __global__ void __launch_bounds__(threads_in_block)
-    spectral_residual(Plan plan, ResidualInputs<Number> in, const Phase* __restrict__ phases,
+    spectral_residual(Plan plan, ResidualInputs<NumberOf<bits>> in, const Phase* __restrict__ phases,
                       Complex* __restrict__ spectra, float* __restrict__ sums) {
   constexpr int warps = threads_in_block / warp_lanes;
   __shared__ float of_warps[models][warps];
@@ -198,7 +203,8 @@ const char* residual(const ResidualShape& shape, const ResidualInputs<Number>& i
                      in.ctf, in.constants, at.phases);
   }
   if (message) return message;
-  message = launch(shape.models == 1 ? spectral_residual<Number, 1> : spectral_residual<Number, 2>,
+  constexpr int bits = 8 * sizeof(Number);
+  message = launch(shape.models == 1 ? spectral_residual<bits, 1> : spectral_residual<bits, 2>,
                    dim3(unsigned(plan.particles * plan.chunks)), dim3(threads_in_block), stream, plan, in,
                    static_cast<const Phase*>(at.phases), reinterpret_cast<Complex*>(spectra), at.sums);
   if (message) return message;

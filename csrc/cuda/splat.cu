@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(prepare_threads)
 
 // Blocks: regions, then views.
 template <class T>
-__global__ void __launch_bounds__(draw_threads, draws_together<T>)
+__global__ void __launch_bounds__(draw_threads, draw_blocks<T>)
     splat_draw(Index gaussians, int box, const Footprint<T>* __restrict__ footprints, Bits bits, T mildest,
                T* __restrict__ images) {
   const Index regions = Index(bits.regions_along) * bits.regions_along, view = blockIdx.x / regions;
@@ -209,7 +209,7 @@ inline Division divide(const SplatShape& shape) {
 // Sums over the views of a chunk (chunks, M, G, parameters), or the gradients themselves where there is one chunk; and
 // sums of poses (V, blocks x warps, pose_numbers). Blocks: Gaussians, then models, then chunks.
 template <class T, bool poses>
-__global__ void __launch_bounds__(gather_threads, gathers_together<T, poses>)
+__global__ void __launch_bounds__(gather_threads, (poses ? gather_blocks_with_poses<T> : gather_blocks<T>))
     splat_gather(SplatShape shape, SplatInputs<T> in, Division division, const Footprint<T>* __restrict__ footprints,
                  T mildest, const T* __restrict__ grad_images, SplatGradients<T> out, T* __restrict__ of_chunks,
                  T* __restrict__ of_poses) {

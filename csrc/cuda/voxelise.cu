@@ -1,5 +1,5 @@
-// voxelise on GPUs: each plane of constant z sees a 2D Gaussian (the conditional one), so pixels and gradients are summed
-// as in splat, planes in place of views.
+// voxelise on GPUs: each plane of constant z sees a 2D Gaussian (the conditional one), so pixels and gradients are
+// summed as in splat, planes in place of views.
 #include "../splat.h"
 
 #include "draw.h"
@@ -38,8 +38,8 @@ __device__ Pair<T> offset(const Split<T>& from, T away) {
   return plus(Pair<T>{from.whole, T(0)}, from.rest + away);
 }
 
-// A Gaussian ready to be cut by planes. In the plane dz from its mean its section has the mean slope * dz, and the height
-// times exp(-1/2 inverse_variance dz^2); the rest is a Footprint's. Degenerate ones have a height of NaN.
+// A Gaussian ready to be cut by planes. In the plane dz from its mean its section has the mean slope * dz, and the
+// height times exp(-1/2 inverse_variance dz^2); the rest is a Footprint's. Degenerate ones have a height of NaN.
 template <class T>
 struct alignas(16) Solid {
   Split<T> x, y, z;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(prepare_threads)
 
 // Blocks: regions, then planes, then models.
 template <class T>
-__global__ void __launch_bounds__(draw_threads, draws_together<T>)
+__global__ void __launch_bounds__(draw_threads, draw_blocks<T>)
     voxelise_draw(Index gaussians, int box, const Solid<T>* __restrict__ solids, Bits bits, T mildest,
                   T* __restrict__ volumes) {
   const Index regions = Index(bits.regions_along) * bits.regions_along, layer = blockIdx.x / regions;
@@ -200,7 +200,7 @@ struct Planes {
 
 // Blocks: Gaussians, then models.
 template <class T>
-__global__ void __launch_bounds__(gather_threads, gathers_together<T>)
+__global__ void __launch_bounds__(gather_threads, gather_blocks<T>)
     voxelise_gather(SplatShape shape, SplatInputs<T> in, const Solid<T>* __restrict__ solids, T mildest,
                     const T* __restrict__ grad_volumes, SplatGradients<T> out) {
   const Index blocks = pieces(shape.gaussians, groups_in_block);

@@ -13,8 +13,8 @@ typedef std::int64_t Index;
 constexpr int warp_lanes = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// Lanes that share a Gaussian or a row of a tile: 8 columns, of which a footprint of 11 px fills two thirds, one of 6 px
-// three quarters; a whole warp would idle on small ones.
+// Lanes that share a Gaussian or a row of a tile: 8 columns, of which a footprint of 11 px fills two thirds, one of
+// 6 px three quarters; a whole warp would idle on small ones.
 constexpr int group_lanes = 8;
 constexpr int groups_in_warp = warp_lanes / group_lanes;
 
