@@ -272,6 +272,21 @@ def perform(checks: Checks, name: str, what: str, limit_s: float, step) -> Resul
     return result
 
 
+def describe(checks: Checks) -> dict[str, str]:
+    """Date, machine and versions, where no step has said them."""
+    try:
+        return json.loads(last_line(checks.run([checks.python, "-c", DESCRIBE.format(checks.device)], 120)))
+    except Failure as error:
+        checks.log(f"no description of the machine: {error}")
+        return {}
+
+
+def mark(results: list[Result], about: dict[str, str]) -> None:
+    """Say of what has passed where it did."""
+    for result in results:
+        result.about = about if result.status == "passed" else {}
+
+
 def draw(checks: Checks, results: dict[str, Result]) -> None:
     """The roofline, from what is known of kernels and steps."""
     files = []
@@ -368,11 +383,13 @@ def main() -> int:
             print(f"{name}: {what} ...", flush=True)
             results[name] = result = perform(checks, name, what, limit_s, step)
             done.append(result)
-            if not about and result.status == "passed":
-                about = json.loads(last_line(checks.run([checks.python, "-c", DESCRIBE.format(args.device)], 120)))
-            result.about = about if result.status == "passed" else {}
+            # Benchmarks say it themselves; what comes before them is told when something has.
+            about = about or result.figures.get("about") or {}
+            mark(done, about)
             write(checks, results)
             print(f"  {result.status} {result.reason} ({result.seconds:.0f} s)", flush=True)
+        if not about and any(result.status == "passed" for result in done):
+            mark(done, describe(checks))
         if any(result.step.startswith("3") and result.status == "passed" for result in done):
             draw(checks, results)
         write(checks, results)
