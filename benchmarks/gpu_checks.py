@@ -22,123 +22,24 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import gpu_environment
-from benchmarks.gpu_environment import ROOT
+from benchmarks.gpu_runner import Checks, Failure, Result, Skip, last_line, read_results, summary
 
 SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+DOCTORS_YES = "GPUs can be used: yes"
 LEAST_S = 15.0
 """With less than this left of --budget no step is begun."""
-
-ENDING_S = 5.0
-"""From the request to stop to the end of a process."""
 
 DESCRIBE = (
     "import json, torch; from benchmarks.machine import describe; print(json.dumps(describe(torch.device('{}'))))"
 )
-
-
-class Skip(Exception):
-    """Why a step does not run here."""
-
-
-class Failure(Exception):
-    """What went wrong in a step."""
-
-
-@dataclass
-class Result:
-    """Of a step: status "passed", "failed" or "skipped"; what it said (Markdown) and measured (its JSON), where."""
-
-    step: str
-    what: str
-    status: str
-    reason: str = ""
-    seconds: float = 0.0
-    text: str = ""
-    figures: dict = field(default_factory=dict)
-    about: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Checks:
-    """What the steps share."""
-
-    output: Path
-    work: Path  # for files that are not kept
-    device: str
-    small: bool
-    end: float  # of the budget, by time.monotonic()
-
-    @property
-    def python(self) -> str:
-        return str(gpu_environment.python()) if self.device == "cuda" else sys.executable
-
-    def need_gpu(self) -> None:
-        if self.device != "cuda":
-            raise Skip("needs a GPU, and this is --device cpu")
-
-    def log(self, text: str) -> None:
-        with open(self.output / "gpu_checks.log", "a") as log:
-            log.write(text.rstrip("\n") + "\n")
-
-    def run(self, words: list[str], limit_s: float, more: dict[str, str] | None = None, may_fail: bool = False) -> str:
-        """Run a command to its end or its limit; returns what it printed. Everything goes to the log."""
-        limit_s = min(limit_s, self.end - time.monotonic())
-        self.log(f"$ {' '.join(words)}")
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **(more or {})}
-        with open(self.work / "stdout", "w+") as printed, open(self.work / "stderr", "w+") as said:
-            process = subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdout=printed, stderr=said, start_new_session=True
-            )
-            try:
-                code = process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                end_group(process)
-            outputs = []
-            for stream in (printed, said):
-                stream.seek(0)
-                outputs.append(stream.read())
-        self.log("\n".join(outputs))
-        if code is None:
-            raise Failure(f"not done after its {limit_s:.0f} s")
-        if code and not may_fail:
-            lines = [line for line in "\n".join(outputs).splitlines() if line.strip()]
-            raise Failure(f"exit code {code}: {' / '.join(lines[-3:])[:600]}")
-        return outputs[0]
-
-    def module(self, name: str, limit_s: float, *words: str, sizes: bool = True) -> tuple[str, dict]:
-        """Run a benchmark that writes a JSON; returns what it printed, and the JSON."""
-        target = self.work / "measured.json"
-        target.unlink(missing_ok=True)
-        command = [self.python, "-m", f"benchmarks.{name}", "--output", str(target), *words]
-        if sizes:
-            command += ["--device", self.device] + (["--small"] if self.small else [])
-        text = self.run(command, limit_s)
-        return text, json.loads(target.read_text())
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """End a command and all that it has started."""
-    for number, wait in ((signal.SIGTERM, ENDING_S), (signal.SIGKILL, ENDING_S)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-        try:
-            process.wait(wait)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 # The steps: each returns what it said and what it measured.
@@ -147,7 +48,10 @@ def end_group(process: subprocess.Popen) -> None:
 def build(checks: Checks, limit_s: float) -> tuple[str, dict]:
     if checks.device == "cuda":
         prepare(checks, limit_s)
-    return checks.run([checks.python, "-m", "cryosplat.cli", "doctor"], limit_s), {}
+    said = checks.run([checks.python, "-m", "cryosplat.cli", "doctor"], limit_s)
+    if checks.device == "cuda" and DOCTORS_YES not in said:
+        raise Failure(f"cryosplat doctor does not say '{DOCTORS_YES}'; what it says is in the log")
+    return f"```\n{said.rstrip()}\n```", {}
 
 
 def prepare(checks: Checks, limit_s: float) -> None:
@@ -156,16 +60,19 @@ def prepare(checks: Checks, limit_s: float) -> None:
         gpu_environment.prepare(lambda words, more: checks.run(words, limit_s, more) and None)
 
 
+TESTS = ["tests"]
 PYTEST = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu"]
 
 
 def gpu_tests(checks: Checks, limit_s: float) -> tuple[list[str], list[str]]:
     """Test files that have anything for a GPU, as pytest finds them; and those that it cannot read here, with why."""
     checks.need_gpu()
-    words = [checks.python, *PYTEST, "--collect-only", "--continue-on-collection-errors", "tests"]
+    words = [checks.python, *PYTEST, "--collect-only", "--continue-on-collection-errors", *TESTS]
     text = checks.run(words, limit_s, may_fail=True)
     lines = text.splitlines()
     files = sorted({line.partition("::")[0] for line in lines if "::" in line and " " not in line})
+    if not files:
+        raise Failure("pytest finds no test for a GPU; the log says why")
     return files, [line.removeprefix("ERROR ") for line in lines if line.startswith("ERROR ")]
 
 
@@ -249,10 +156,6 @@ STEPS = (
 """Name, what it is, seconds it may take, function."""
 
 
-def last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2]
-
-
 def perform(checks: Checks, name: str, what: str, limit_s: float, step) -> Result:
     """Run a step; whatever comes of it is a result."""
     began = time.monotonic()
@@ -303,40 +206,16 @@ def draw(checks: Checks, results: dict[str, Result]) -> None:
 
 def write(checks: Checks, results: dict[str, Result]) -> None:
     """The folder's JSON and Markdown, complete at any moment."""
-    everything = {"results": [asdict(results[name]) for name, *_ in STEPS if name in results]}
-    for name, text in (("json", json.dumps(everything, indent=1)), ("md", summary(results))):
+    found = in_order(results)
+    everything = {"results": [asdict(result) for result in found]}
+    for name, text in (("json", json.dumps(everything, indent=1)), ("md", summary(found))):
         temporary = checks.output / f".gpu_checks.{name}"
         temporary.write_text(text)
         temporary.replace(checks.output / f"gpu_checks.{name}")
 
 
-def summary(results: dict[str, Result]) -> str:
-    """Markdown to be pasted into benchmarks/gpu.md."""
-    ordered = [results[name] for name, *_ in STEPS if name in results]
-    places: dict[str, list[str]] = {}
-    for result in ordered:
-        if result.about:
-            where = ", ".join(f"{name} {value}" for name, value in result.about.items())
-            places.setdefault(where, []).append(result.step)
-    lines = [f"Steps {', '.join(of_place)}: {where}." for where, of_place in places.items()]
-    lines += ["", "| step | what | outcome | s |", "|---|---|---|---|"]
-    for result in ordered:
-        outcome = result.status + (f": {result.reason}" if result.reason else "")
-        outcome = outcome.replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {result.step} | {result.what} | {outcome} | {result.seconds:.0f} |")
-    for result in ordered:
-        if result.text.strip():
-            lines += ["", f"### {result.step}: {result.what}", "", result.text.strip()]
-    return "\n".join(lines) + "\n"
-
-
-def read_results(files: list[Path]) -> dict[str, Result]:
-    """Results of earlier calls, the later files winning."""
-    found = {}
-    for file in files:
-        for result in json.loads(file.read_text())["results"]:
-            found[result["step"]] = Result(**result)
-    return found
+def in_order(results: dict[str, Result]) -> list[Result]:
+    return [results[name] for name, *_ in STEPS if name in results]
 
 
 def wanted(only: list[str]) -> list[tuple]:
@@ -393,7 +272,7 @@ def main() -> int:
         if any(result.step.startswith("3") and result.status == "passed" for result in done):
             draw(checks, results)
         write(checks, results)
-    print(summary(results))
+    print(summary(in_order(results)))
     return int(any(result.status == "failed" for result in done))
 
 
