@@ -42,14 +42,14 @@ STEPS = {"cpu": 8, "cuda": 50}
 """Of an epoch, and between looks at the losses."""
 
 PARTS = (
-    ("splat backward", ("splat_backward", "splat_gather")),
+    ("splat backward", ("splat_backward", "splat_gather", "sum_chunks", "sum_poses")),
     # On a CPU the forward pass goes by the name of what saves its inputs for the backward one.
-    ("splat", ("cryosplat::splat", "cryosplat_splat", "splat_draw", "prepare_")),
+    ("splat", ("cryosplat::splat", "cryosplat_splat", "splat_draw", "prepare_views")),
     ("covariances", ("covariances",)),
-    ("residual", ("residual", "SpectralLoss")),
-    ("transforms", ("fft", "dft", "regular_", "vector_fft", "_fft_r2c", "_fft_c2r")),
+    ("residual", ("residual", "prepare_phases", "SpectralLoss")),
+    ("transforms", ("fft", "dft", "preprocess", "postprocess")),
     ("optimiser", ("adam", "Adam")),
-    ("copies", ("Memcpy", "copy", "index", "Memset", "_to_", "gather", "stack", "cat")),
+    ("copies", ("Memcpy", "Memset", "copy", "index", "gather", "stack", "cat")),
 )
 """Part of a step, and what its operators or GPU kernels have in their names; the first that fits counts."""
 

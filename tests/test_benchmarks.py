@@ -1,7 +1,9 @@
 """The benchmarks run to their end, count what they say they count, and the checks for a GPU machine go as far as they
 can without one."""
 
+import doctest
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import floors, gpu_checks, gpu_environment, roofline, scaling
+from benchmarks import floors, gpu_checks, gpu_environment, roofline, scaling, step, wholejob
 from benchmarks.gpu_runner import Checks, Failure, Result, Skip
 from benchmarks.machine import Machine
 from benchmarks.ops import mixture
@@ -55,12 +57,12 @@ def test_a_step_over_its_limit_or_with_an_error_fails_and_says_so(checks):
         checks.run([sys.executable, "-c", "import sys; print('what went wrong'); sys.exit(3)"], 60)
     assert "what went wrong" in (checks.output / "gpu_checks.log").read_text()
 
-    def step(checks, limit_s):
+    def failing(checks, limit_s):
         raise Failure("as expected")
 
-    assert gpu_checks.perform(checks, "9", "nothing", 60, step).reason == "as expected"
+    assert gpu_checks.perform(checks, "9", "nothing", 60, failing).reason == "as expected"
     checks.end = time.monotonic()
-    assert gpu_checks.perform(checks, "9", "nothing", 60, step).reason == "the budget of this call was spent"
+    assert gpu_checks.perform(checks, "9", "nothing", 60, failing).reason == "the budget of this call was spent"
 
 
 def test_tests_that_were_all_skipped_are_no_proof():
@@ -164,6 +166,23 @@ def test_insertion_reaches_the_lines_of_its_slice():
     # Columns 0 to 7 are two lines of four voxels; rows -6 to 7 in both planes z = 0 and 1, fewer far out.
     lines = (work.bytes - 12 * inside) / 128
     assert 2 * 14 < lines <= 2 * 2 * 14
+
+
+@pytest.mark.parametrize("module", [scaling, step, wholejob])
+def test_the_examples_hold(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_every_kernel_of_a_step_has_its_part():
+    """By the names in csrc/cuda, as a profile of a GPU shows them."""
+    sources = {"covariances": "covariances", "residual": "residual", "splat": "splat"}
+    for file, part in sources.items():
+        text = (ROOT / "csrc" / "cuda" / f"{file}.cu").read_text()
+        kernels = re.findall(r"__launch_bounds__\([^;{]*?\)\s+(\w+)\(", text)
+        assert kernels, file
+        assert {step.part_of(f"void cryosplat::{name}<float>(int)").removesuffix(" backward") for name in kernels} == {
+            part
+        }
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_memory():
