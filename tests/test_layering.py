@@ -23,7 +23,7 @@ LAYERS = (
         "fingerprints",
         "quadratic",
     ),
-    ("cudaops",),
+    ("cudaops", "placement"),
     # Single files and single operations.
     ("ending", "files", "unpickle", "images", "atoms", "ops", "symmetry", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
