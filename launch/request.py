@@ -143,7 +143,7 @@ def _further_options(request: Request) -> dict[str, Any]:
 def _setup(site: Site, code: Path) -> list[str]:
     exports = [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     # Python looks for the package in the folder it is started in before all others, an installed one included.
-    return [*site.setup, *exports, f"cd {shlex.quote(str(code))}"]
+    return [*site.setup, *exports, f"cd {shlex.quote(str(code))} || exit 1"]
 
 
 def _srun(site: Site) -> list[str]:

@@ -121,7 +121,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     if not (local or has_slurm or options.dry_run):
         raise InputError("there is no sbatch on PATH; run this on a login node of the cluster, or with --local")
     if local and options.nodes != 1:
-        raise InputError(f"--nodes {options.nodes}: a local job has one node, this machine")
+        why = "a local job" if has_slurm else "there is no sbatch on PATH, and a job on this machine"
+        raise InputError(f"--nodes {options.nodes}: {why} has one node")
     if local:
         options = copy.copy(options)
         options.gpus_per_node = gpus_to_use(config) if options.gpus_per_node is None else options.gpus_per_node
@@ -198,7 +199,7 @@ def dry_run(plan: Plan) -> None:
         if len(plan.configs) > 1:
             executor.parameters["map_count"] = len(plan.configs)
         script = executor.script()
-        print(f"# {folder / 'submission.sh'}\n{script}")
+        print(script)
         if shutil.which("sbatch"):
             tested = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
             print(tested.stderr.strip(), file=sys.stderr)
