@@ -9,6 +9,7 @@ from pathlib import Path
 
 import launching
 import pytest
+from reader import blocks, commands
 from training_set import SETTINGS, VOLUME_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,3 +215,34 @@ def test_without_sacct_following_ends_all_the_same(slurm, place):
     words = ["--config", "mine.yaml", "--follow"]
     done = launching.launch(place, "submit.py", *words, environment=environment)
     assert done.returncode == 0 and "1 ranks by submitit" in done.stdout, done.stdout + done.stderr
+
+
+# The page for users of clusters
+
+PAGE = ROOT / "docs" / "cluster.md"
+NOT_RUN = ("cd ", "make venv", "source ", "ssh ")
+"""Commands of the page that install, or need a network."""
+
+
+def test_the_page_for_clusters_can_be_followed(slurm, tmp_path, tmp_path_factory):
+    place = launching.make_place(tmp_path, tmp_path_factory)
+    (place / "cryosplat" / "train.py").write_text(launching.TRAINING + MAIN)
+    yaml = next(text for language, text in blocks(PAGE) if language == "yaml")
+    written = re.match(r"# (\S+)\n", yaml)[1]
+    # This cluster's only difference to the reader's: the names of its partitions.
+    (place / written).write_text(yaml.replace("partition: gpu", "partition: main"))
+    (place / "my.yaml").write_text(launching.MINE.replace("device: cpu", "device: auto").replace("mine", "my"))
+    tools = f"{Path(sys.executable).parent}:{slurm.environment['PATH']}"
+    environment = slurm.environment | {"PATH": tools, "PYTHON": sys.executable, "PYTHONPATH": str(place)}
+    ran = []
+    for language, text in blocks(PAGE):
+        for command in commands(text) if language == "bash" else []:
+            if command.startswith(NOT_RUN):
+                continue
+            command = command.replace("--partition gpu", "--partition main")
+            done = slurm.run("bash", "-c", command, cwd=place, env=environment)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            ran.append(command)
+    assert len(ran) >= 11
+    complete = {str(path.parent.relative_to(place / "runs")) for path in place.glob("runs/**/summary.json")}
+    assert complete == {"my", "again", "plain", "torchrun", *(f"priors/volume.prior={v}" for v in ("0.2", "0.5", "1"))}
