@@ -9,7 +9,7 @@ import submitit
 from jobs import UNKNOWN, JobRecord, JobState, ask_slurm
 
 READ_S = 0.5
-ASK_S = 5.0
+ASK_S, ASK_AT_END_S = 5.0, 1.0
 """Seconds between looks at the logs, which cost nothing, and questions to Slurm, which a controller has to answer."""
 
 SURE_S = 15.0
@@ -83,7 +83,9 @@ def follow_slurm(record: JobRecord) -> int:
     asked = -ASK_S
     try:
         while any(one.status is None for one in watched):
-            if time.monotonic() - asked >= ASK_S:
+            # A rank 0 that has returned says that the end is near.
+            ending = any(one.status is None and record.result(one.job).exists() for one in watched)
+            if time.monotonic() - asked >= (ASK_AT_END_S if ending else ASK_S):
                 asked = time.monotonic()
                 for one in watched:
                     if one.status is None:

@@ -45,6 +45,10 @@ class JobRecord:
         """What rank 0 prints; the other ranks' are ``JOB_1_log.out`` and so on beside it."""
         return Path(self.folder) / f"{job}_0_log.out"
 
+    def result(self, job: str) -> Path:
+        """Written by rank 0 when its training has returned or raised."""
+        return Path(self.folder) / f"{job}_0_result.pkl"
+
     def write(self) -> None:
         with atomic_path(Path(self.folder) / RECORD) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1))

@@ -10,6 +10,7 @@ and goes on from its last checkpoint. It runs a copy of the code, in RUN_DIR/job
 """
 
 import argparse
+import contextlib
 import copy
 import os
 import re
@@ -218,7 +219,6 @@ def submit(plan: Plan, folder: Path) -> tuple[submitit.Job, JobRecord]:
     """
     # By value: the nodes need not be able to import this folder, only the package.
     cloudpickle.register_pickle_by_value(sys.modules[TrainingJob.__module__])
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True)
         take_snapshot(folder / "code")
@@ -229,22 +229,24 @@ def submit(plan: Plan, folder: Path) -> tuple[submitit.Job, JobRecord]:
         }
         record = JobRecord(str(folder), runs, plan.request.nodes, plan.request.ranks, now(), plan.local)
         record.write()
-    except OSError as error:
-        _remove(missing)
-        raise InputError(f"run_dir: cannot write {folder}: {error.strerror}") from error
-    except FailedJobError as error:
-        _remove(missing)
+    except FileExistsError as error:
+        raise InputError(f"{folder}: another job is being submitted for this run; try again") from error
+    except (InputError, OSError, FailedJobError) as error:
+        _remove(folder)
+        if isinstance(error, InputError):
+            raise
+        if isinstance(error, OSError):
+            raise InputError(f"run_dir: cannot write {folder}: {error.strerror}") from error
         raise InputError(f"the job was not accepted: {error}") from error
-    except InputError:
-        _remove(missing)
-        raise
     return jobs[0], record
 
 
-def _remove(missing: list[Path]) -> None:
-    """Take away what was made, ``missing`` being folders that were not there before, innermost first."""
-    if missing:
-        shutil.rmtree(missing[-1], ignore_errors=True)
+def _remove(folder: Path) -> None:
+    """Take a job's folder away, and those above it as far as nothing else is in them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for parent in folder.parents:
+            parent.rmdir()
 
 
 def _hand_over(plan: Plan, folder: Path) -> list[submitit.Job]:

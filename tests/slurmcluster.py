@@ -24,6 +24,9 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontr
 SESSION = "CRYOSPLAT_TEST_CLUSTERS"
 """Names the folder of this session's clusters in the environment, where xdist's workers find it too."""
 
+REQUIRED = "CRYOSPLAT_TEST_SLURM_REQUIRED"
+"""Set where these tests must run, and being unable to is a failure: in CI."""
+
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 """States that a job does not leave by itself."""
 
@@ -158,7 +161,7 @@ def _bare() -> dict[str, str]:
 def _require(session: Path) -> None:
     """Install Slurm if it is missing and that may be done; else skip. What was found once holds for the session."""
     if (session / "skip").exists():
-        pytest.skip((session / "skip").read_text())
+        _skip_or_fail((session / "skip").read_text())
     if os.geteuid() != 0:
         _skip(session, "a Slurm of our own needs root (unshare, munged)")
     if _missing():
@@ -171,6 +174,12 @@ def _require(session: Path) -> None:
 
 def _skip(session: Path, reason: str) -> None:
     (session / "skip").write_text(reason)
+    _skip_or_fail(reason)
+
+
+def _skip_or_fail(reason: str) -> None:
+    if os.environ.get(REQUIRED):
+        pytest.fail(f"{REQUIRED} is set, and {reason}")
     pytest.skip(reason)
 
 

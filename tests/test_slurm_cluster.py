@@ -20,7 +20,11 @@ def test_nodes_with_networks_of_their_own_do_not_meet_on_the_loopback(slurm_net,
 def test_without_root_the_tests_are_skipped_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(slurmcluster.os, "geteuid", lambda: 1000)
     monkeypatch.setenv(slurmcluster.SESSION, str(tmp_path))
+    monkeypatch.delenv(slurmcluster.REQUIRED, raising=False)
     for _ in range(2):
         with pytest.raises(pytest.skip.Exception, match="needs root"), slurmcluster.cluster("1"):
             pass
     assert "needs root" in (tmp_path / "skip").read_text()
+    monkeypatch.setenv(slurmcluster.REQUIRED, "1")
+    with pytest.raises(pytest.fail.Exception, match="needs root"), slurmcluster.cluster("1"):
+        pass
