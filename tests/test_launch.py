@@ -253,6 +253,119 @@ def test_a_sweep_is_an_array_with_a_run_directory_each(place):
     assert runs == {f"7_{i}": f"{place}/runs/mine/data.pixel_size={value}" for i, value in enumerate(("4", "5e0"))}
 
 
+def test_a_refused_job_leaves_what_others_have_made(place):
+    path = with_slurm(place)
+    assert submit(place, "--config", "mine.yaml", PATH=path, FAIL="").returncode == 0
+    kept = sorted((place / "runs").rglob("*"))
+    assert submit(place, "--config", "mine.yaml", "run_dir=runs/mine/inner", PATH=path, FAIL="nope").returncode == 2
+    assert sorted((place / "runs").rglob("*")) == kept
+
+
+@pytest.fixture
+def told(launch, tmp_path, monkeypatch):
+    """What scontrol and sacct answer, set by the test; then the module that asks them."""
+    import jobs
+
+    def answers(scontrol: str = "", sacct: str = ""):
+        for name, text in (("scontrol", scontrol), ("sacct", sacct)):
+            (tmp_path / f"{name}.txt").write_text(text)
+            (tmp_path / name).write_text(f"#!/bin/bash\nexec cat {tmp_path}/{name}.txt\n")
+            (tmp_path / name).chmod(0o755)
+        return jobs.ask_slurm
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return answers
+
+
+def test_the_state_of_a_job_is_what_the_controller_says_or_else_the_accounts(told):
+    live = "JobId=7 JobName=x JobState=RUNNING Reason=None RunTime=00:01:02 ExitCode=0:0 NodeList=node[1-2]\n"
+    state = told(live, "7|COMPLETED|0:0|a|1:00\n")("7")
+    assert (state.name, state.reason, state.nodes, state.elapsed, state.over) == (
+        *("RUNNING", "", "node[1-2]", "00:01:02"),
+        False,
+    )
+    ended = "7|CANCELLED by 1000|0:15|node1|00:10:00\n7.batch|CANCELLED|0:15|node1|00:10:00\n"
+    state = told("", ended)("7")
+    assert (state.name, state.status, state.over) == ("CANCELLED", 128 + 15, True)
+    assert told("JobId=7 JobState=FAILED Reason=NonZeroExitCode ExitCode=2:0\n")("7").status == 2
+    assert told("", "")("7").name == "UNKNOWN"
+
+
+@pytest.fixture
+def followed(launch, tmp_path, monkeypatch, capsys):
+    """Follow a job that goes through these states; returns exit status and what was said."""
+    import follow
+    import jobs
+
+    monkeypatch.setattr(follow, "ASK_S", 0.0)
+    monkeypatch.setattr(follow, "READ_S", 0.01)
+    record = jobs.JobRecord(str(tmp_path), {"7": str(tmp_path / "run")}, 1, 1, "2026-01-01T00:00:00")
+
+    def through(*states, sure_s=0.0):
+        rest = list(states)
+        monkeypatch.setattr(follow, "SURE_S", sure_s)
+        monkeypatch.setattr(follow, "ask_slurm", lambda job: rest.pop(0) if len(rest) > 1 else rest[0])
+        return follow.follow_slurm(record), capsys.readouterr()
+
+    return jobs, record, through
+
+
+def test_following_shows_the_log_and_ends_with_the_status_of_the_job(followed, tmp_path):
+    jobs, record, through = followed
+    record.log("7").write_text("first\nlast")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").touch()
+    status, said = through(jobs.JobState("PENDING", "Priority"), jobs.JobState("RUNNING"), jobs.JobState("COMPLETED"))
+    assert status == 0 and said.out == "first\nlast"
+    assert [line for line in said.err.splitlines()] == [
+        "job 7: PENDING (Priority)",
+        "job 7: RUNNING",
+        "job 7: COMPLETED",
+    ]
+    assert through(jobs.JobState("FAILED", status=2))[0] == 2
+    assert through(jobs.JobState("TIMEOUT"))[0] == 1
+
+
+def test_a_job_that_slurm_takes_for_complete_has_failed_if_its_run_is_not(followed):
+    jobs, _, through = followed
+    status, said = through(jobs.JobState("COMPLETED"))
+    assert status == 1 and "is COMPLETED to Slurm, but" in said.err
+
+
+def test_an_end_that_a_requeued_job_leaves_again_is_none(followed, tmp_path):
+    jobs, _, through = followed
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").touch()
+    lost = [jobs.JobState("NODE_FAIL")] * 3
+    assert through(*lost, jobs.JobState("PENDING", "BeginTime"), jobs.JobState("COMPLETED"), sure_s=60)[0] == 0
+    assert through(*lost, sure_s=0.05)[0] == 1
+
+
+def test_a_run_in_training_is_shown_by_its_files(launch, tmp_path, capsys):
+    import status
+
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    assert status.main([str(run)]) == 0
+    assert "begun; no checkpoint yet" in capsys.readouterr().out
+    (run / "checkpoints" / "step_000000020.pt").touch()
+    (run / "metrics.csv").write_text("step,epoch,loss_full,images_per_second\n20,1,0.5,1234.4\n40,1,0.4,12")
+    (run / "run.log").write_text("12:00:00 after epoch 1: resolution calibrated 0.5 7.25 A, mean FSC 0.9\nlast\n")
+    assert status.main([str(run)]) == 0
+    told = capsys.readouterr().out
+    for row in (
+        "training image by image",
+        "20, epoch 1, loss 0.5",
+        "1234",
+        "calibrated 0.5 7.25 A",
+        "step_000000020.pt",
+    ):
+        assert f"  {row}" in told
+    assert "12:00:00" not in told and "  last (" in told
+    assert status.main([str(tmp_path)]) == 2 and "no run and no job" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "minutes"),
     [("90", 90), ("1:30:00", 90), ("90:00", 90), ("10:30", 11), ("2-12", 3600), ("1-0:01", 1441), ("0-0:0:1", 1)],
