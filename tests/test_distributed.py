@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import torch
 from cryosplat import distributed
 from cryosplat.config import load_config
 from cryosplat.devices import Facts, Gpu
-from cryosplat.errors import InputError
+from cryosplat.errors import InputError, PeerError
+from cryosplat.placement import Placement, find_placement, first_host
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,9 +39,9 @@ LOCAL = {
 }
 
 
-def placement(*parts: dict, without: str = "") -> distributed.Placement:
+def placement(*parts: dict, without: str = "") -> Placement:
     environment = {name: value for part in parts for name, value in part.items() if name != without}
-    return distributed.find_placement(environment)
+    return find_placement(environment)
 
 
 def free_port() -> int:
@@ -73,11 +75,11 @@ def run_ranks(folder: Path, code: str, size: int = 2) -> list[tuple[int, str, st
 
 
 def test_without_a_launcher_there_is_one_process():
-    assert placement() == distributed.Placement("single", rank=0, size=1, local_rank=0)
+    assert placement() == Placement("single", rank=0, size=1, local_rank=0)
 
 
 def test_torchruns_variables_are_taken_as_they_are():
-    assert placement(TORCHRUN) == distributed.Placement("torchrun", 1, 4, 1, "gpu07", 29500)
+    assert placement(TORCHRUN) == Placement("torchrun", 1, 4, 1, "gpu07", 29500)
 
 
 def test_a_step_of_srun_meets_at_its_first_node_and_a_port_of_its_own():
@@ -103,8 +105,8 @@ def test_a_given_master_wins_over_the_derived_one():
     [("a1", "a1"), ("a1,b2", "a1"), ("gpu[07-09,12],x", "gpu07"), ("n-[3]", "n-3"), ("r[1-2]-ib", "r1-ib")],
 )
 def test_the_first_host_is_read_from_slurms_list_without_slurm(nodes, first, monkeypatch):
-    monkeypatch.setattr(distributed.shutil, "which", lambda name: None)
-    assert distributed.first_host(nodes) == first
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize("without", ["SLURM_STEP_NUM_TASKS", "SLURM_PTY_PORT"])
@@ -195,10 +197,35 @@ def log():
     logger.setLevel(level)
 
 
-def test_two_ranks_on_one_gpu_are_refused_where_nccl_would_hang():
-    distributed._refuse_shared_gpus([("a", "0"), ("a", "1"), ("b", "0")])
-    with pytest.raises(InputError, match="ranks 1 and 2 share a GPU of host a"):
-        distributed._refuse_shared_gpus([("a", "0"), ("a", "1"), ("a", "1")])
+def test_two_ranks_on_one_gpu_are_refused_and_rank_0_says_so():
+    def world(rank):
+        return distributed.World(rank, 3, 0, 1, torch.device("cpu"), "nccl", "srun", 1)
+
+    distributed._refuse_shared_gpus([("a", "GPU-0"), ("a", "GPU-1"), ("b", "GPU-0"), ("a", ""), ("a", "")], world(0))
+    shared = [("a", "GPU-0"), ("a", "GPU-1"), ("a", "GPU-1")]
+    with pytest.raises(InputError, match="ranks 1 and 2 share the GPU GPU-1 of host a.*distributed.share_gpus=true"):
+        distributed._refuse_shared_gpus(shared, world(0))
+    with pytest.raises(PeerError):
+        distributed._refuse_shared_gpus(shared, world(1))
+
+
+def test_ranks_that_may_share_gpus_do_not_speak_over_nccl():
+    gpu = torch.device("cuda", 0)
+    assert distributed._choose_backend(load_config(None), gpu) == "nccl"
+    assert distributed._choose_backend(load_config(None, ["distributed.share_gpus=true"]), gpu) == "gloo"
+    with pytest.raises(InputError, match="distributed.share_gpus = True needs distributed.backend = 'gloo'"):
+        load_config(None, ["distributed.share_gpus=true", "distributed.backend=nccl"])
+
+
+def test_a_single_process_in_a_job_of_several_tasks_says_that_it_is_alone(monkeypatch, threads, log):
+    for name in (*TORCHRUN, *SRUN, *LOCAL):
+        monkeypatch.delenv(name, raising=False)
+    settings = load_config(None, ["train.device=cpu", "train.threads=1"])
+    for tasks, said in (("1", False), ("4", True)):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        with distributed.join(settings):
+            pass
+        assert any("this job of Slurm has 4 tasks, but this is one process alone" in line for line in log) == said
 
 
 @pytest.fixture
