@@ -46,17 +46,8 @@ def save(folder: str | os.PathLike, step: int, state: dict[str, Any], keep: int)
         InputError: the disk is full or not writable; older checkpoints are still there.
     """
     folder = Path(folder)
-    _require_plain(state, "state")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
-    # Through memory (some tens of MB): torch.save reports a full disk as a RuntimeError that does not say so.
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "state": state}, buffer)
     path = folder / f"step_{step:09d}.pt"
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write(path, state)
     # What lies beyond this step is unreadable or belongs to a course that was given up: it must not be the latest.
     for other in _found(folder):
         if _step(other) > step:
@@ -65,9 +56,27 @@ def save(folder: str | os.PathLike, step: int, state: dict[str, Any], keep: int)
     return path
 
 
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write a state that ``load`` reads back; the folder is made if it is not there.
+
+    Raises:
+        InputError: the disk is full or not writable; what was there before is still there.
+    """
+    _require_plain(state, "state")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+    # Through memory (some tens of MB): torch.save reports a full disk as a RuntimeError that does not say so.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "state": state}, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
 def prune(folder: str | os.PathLike, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, and what a killed process left half written."""
-    for path in [*_found(folder)[: -max(keep, 1)], *Path(folder).glob(".step_*.pt")]:
+    for path in [*_found(folder)[: -max(keep, 1)], *Path(folder).glob(".*.pt")]:
         path.unlink(missing_ok=True)
 
 

@@ -9,18 +9,20 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cryosplat import __version__
-from cryosplat.errors import InputError, PeerError, PeerGone, is_first_rank
+from cryosplat.errors import InputError, Interrupted, PeerError, PeerGone, is_first_rank
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 USER_ERROR = 2
 INTERRUPTED = 130
+GO_ON_LATER = os.EX_TEMPFAIL
+"""75: the run was asked to go and has saved; the same command goes on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 if interrupted, 1 for a run that
-    ``validate`` or an installation that ``doctor`` finds wanting."""
+    """Run a command; returns the exit code: 0, 2 for what the user can mend, 75 for a run that was asked to go and
+    goes on later, 130 after Ctrl-C, 1 for a run that ``validate`` or an installation that ``doctor`` finds wanting."""
     parser = argparse.ArgumentParser(
         prog="cryosplat",
         description="Cryo-EM homogeneous reconstruction by Gaussian splatting: particle images with known poses and "
@@ -59,6 +61,10 @@ def run_command(run: Callable[[argparse.Namespace], int | None], args: argparse.
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except Interrupted as error:
+        if is_first_rank():
+            print(f"interrupted: {error}", file=sys.stderr, flush=True)
+        return GO_ON_LATER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -44,6 +44,11 @@ PIECE = 1 << 24
 PEER_GONE = re.compile("Connection (closed|reset) by peer|Broken pipe")
 """How gloo says that the process at the other end is not there any more."""
 
+TIMED_OUT = re.compile("Timed out waiting|[Tt]imed? ?out after|wait timeout")
+"""How gloo and the store say that another rank has not come."""
+
+_doing: str = "the start"
+
 
 @dataclass(frozen=True)
 class World:
@@ -81,7 +86,7 @@ def join(config: Config) -> Iterator[World]:
 
     Raises:
         InputError: half an environment, no such device, or the other ranks do not answer.
-        PeerGone: another rank has ended before its time.
+        PeerGone: another rank has ended before its time, or hangs.
     """
     placement = find_placement(os.environ)
     device = choose_device(config.train.device, placement.local_rank)
@@ -104,6 +109,16 @@ def join(config: Config) -> Iterator[World]:
             _LOG.warning("rank %d stops, because another rank has ended", placement.rank)
             leave = False  # it may wait for ever
             raise PeerGone("another rank has ended") from error
+        if placement.size > 1 and isinstance(error, RuntimeError) and TIMED_OUT.search(str(error)):
+            minutes = config.distributed.timeout_minutes
+            said = (
+                f"rank {placement.rank} of {placement.size} on {socket.gethostname()} has waited {minutes:g} minutes "
+                f"in vain for another rank ({_doing}): one hangs or has lost its network. Started again, the run goes "
+                "on from its last checkpoint; if a rank was only slow, raise distributed.timeout_minutes"
+            )
+            _LOG.error(said)
+            leave = False
+            raise PeerGone(said) from error
         if placement.size > 1:
             _forget_locals(error)
         raise
@@ -116,6 +131,12 @@ def join(config: Config) -> Iterator[World]:
             gc.collect()
             time.sleep(LAST_TENSORS_S)
             dist.destroy_process_group()
+
+
+def doing(what: str) -> None:
+    """Say what this rank is at: what it then waits for in vain is named so."""
+    global _doing
+    _doing = what
 
 
 def _forget_locals(error: BaseException | None) -> None:
@@ -348,6 +369,21 @@ def together(work: Callable[[], Result], world: World) -> Result:
 def common_error(message: str, world: World) -> InputError:
     """The error for something all ranks have found alike, to be raised by each: rank 0 alone says it."""
     return InputError(message) if world.is_main else PeerError(message)
+
+
+def tell_all(key: str, world: World) -> None:
+    """Leave word for all ranks, wherever they are; waits for none of them."""
+    if world.size > 1:
+        _store().set(key, "1")
+
+
+def is_told(key: str, world: World) -> bool:
+    """Whether a rank has left this word; one question to rank 0's host."""
+    return world.size > 1 and _store().check([key])
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()  # by which init_process_group has brought them together
 
 
 def barrier(world: World) -> None:

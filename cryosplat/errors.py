@@ -21,6 +21,10 @@ class PeerGone(PeerError):
     """Another rank has ended before its time. The process group is broken, and this process had best end too."""
 
 
+class Interrupted(Exception):
+    """The run was asked to go, as its message says, and can go on later. Nothing is wrong."""
+
+
 def is_first_rank() -> bool:
     """Whether this is rank 0, or alone, as launchers say it before ranks have joined."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0

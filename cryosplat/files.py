@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from cryosplat.errors import InputError
+
+_UNFINISHED = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.\w+")
 
 
 @contextlib.contextmanager
@@ -41,3 +44,10 @@ def atomic_path(path: str | os.PathLike, overwrite: bool = True) -> Iterator[Pat
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Take away what killed writers have left under temporary names; nobody else may be writing to the folder."""
+    for path in Path(folder).iterdir():
+        if _UNFINISHED.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)

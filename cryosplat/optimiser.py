@@ -99,6 +99,15 @@ class ColumnAdam:
         self._parameters.sub_(self._mean / (self._square.sqrt() + EPSILON) * (self._rates * size))
         self._parameters.grad = None
 
+    def state(self) -> dict:
+        """What it goes on from, on the CPU."""
+        return {"steps": self._steps, "mean": self._mean.cpu().clone(), "square": self._square.cpu().clone()}
+
+    def load_state(self, state: dict) -> None:
+        self._steps = state["steps"]
+        self._mean.copy_(state["mean"])
+        self._square.copy_(state["square"])
+
 
 def learning_rate(config: TrainConfig, progress: float, epoch: int) -> float:
     """Rate of a step.

@@ -1,5 +1,6 @@
 """The run directory: which files make a run, and whether a run may begin, go on, or is complete."""
 
+import contextlib
 import json
 import logging
 import os
@@ -10,6 +11,9 @@ from typing import Any
 from cryosplat import checkpoint
 from cryosplat.config import Config, config_differences, load_config, save_config
 from cryosplat.errors import InputError
+from cryosplat.files import remove_unfinished
+from cryosplat.runlock import NAME as LOCK
+from cryosplat.runlock import RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +66,7 @@ def find_run(config: Config) -> Path | None:
     """
     folder = Path(config.run_dir).expanduser()
     saved = folder / "config.yaml"
-    if not folder.exists() or (folder.is_dir() and all(path.name == JOBS for path in folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(_is_no_run(path) for path in folder.iterdir())):
         _require_writable(folder)
         return None
     if not saved.is_file():
@@ -73,17 +77,27 @@ def find_run(config: Config) -> Path | None:
     return folder
 
 
-def open_run(config: Config) -> RunState:
-    """Find what is in the run directory, and write nothing yet; on one rank only.
+def _is_no_run(path: Path) -> bool:
+    """Whether it is what submitting has put there, or a process that was killed before the run began."""
+    return path.name in (JOBS, LOCK) or path.name.startswith(".")
+
+
+def open_run(config: Config, lock: RunLock) -> RunState:
+    """Find what is in the run directory, and lock it if a run goes on there; on one rank only.
+
+    Of a run that is new, or complete, nothing is written.
 
     Raises:
-        InputError: as ``find_run``.
+        InputError: as ``find_run``; another job is at it.
     """
     folder = find_run(config)
     if folder is None:
         return RunState(Path(config.run_dir).expanduser())
-    if (folder / "summary.json").is_file():
+    if not (folder / "summary.json").is_file():
+        lock.acquire()
+    if (folder / "summary.json").is_file():  # also if its last job has just completed it
         return RunState(folder, resumed=True, summary=json.loads((folder / "summary.json").read_text()))
+    remove_unfinished(folder)
     run = RunState(folder, resumed=True)
     if checkpoint.latest(run.checkpoints) is None:
         logger.info("%s: a run that had no checkpoint yet; it starts anew", folder)
@@ -91,20 +105,34 @@ def open_run(config: Config) -> RunState:
     return RunState(folder, resumed=True, state=checkpoint.load(run.checkpoints))
 
 
-def begin_run(config: Config, run: RunState) -> None:
-    """Make the directory of a new run and put its settings there; on one rank only.
+def begin_run(config: Config, run: RunState, lock: RunLock) -> None:
+    """Make the directory of a new run, lock it and put its settings there; on one rank only.
 
     Called when the input is known to be good: settings that have to be mended must not stand in the way of the mended
     ones.
 
     Raises:
-        InputError: the directory cannot be made or written to.
+        InputError: the directory cannot be made or written to, or another job has begun a run there meanwhile.
     """
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"run_dir: cannot make {run.folder}: {error.strerror}") from error
+    lock.acquire()
+    if (run.folder / "config.yaml").exists():
+        raise InputError(f"run_dir: another job has begun a run in {run.folder} meanwhile; choose another")
+    remove_unfinished(run.folder)
     save_config(config, run.folder / "config.yaml")
+
+
+def give_up_run(run: RunState, lock: RunLock) -> None:
+    """Take away a run that was begun and is refused after all, with settings that are to be mended."""
+    for path in [*run.checkpoints.glob("*.pt"), run.folder / "config.yaml"]:
+        path.unlink(missing_ok=True)
+    lock.release()
+    for folder in (run.checkpoints, run.folder):
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 def _require_writable(folder: Path) -> None:

@@ -1,25 +1,28 @@
 """Training a run: ``python -m cryosplat.train --config demo.yaml key=value``, alone or under any launcher."""
 
 import argparse
+import hashlib
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from cryosplat import checkpoint, distributed
+from cryosplat import checkpoint, distributed, fitkeeping, interruption
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
 from cryosplat.config import Config, check_files, load_config, save_config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.ending import ending
-from cryosplat.errors import InputError, is_first_rank, said_by_the_first
+from cryosplat.errors import InputError, Interrupted, is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
+from cryosplat.fitkeeping import FitKeeper
 from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.holdout import HoldOut
@@ -30,10 +33,11 @@ from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.outputs import write_run_outputs
 from cryosplat.particles import ParticleTable, read_particles
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
-from cryosplat.runs import RunState, begin_run, open_run
+from cryosplat.runlock import RunLock
+from cryosplat.runs import RunState, begin_run, give_up_run, open_run
 from cryosplat.sampling import BatchPlan
 from cryosplat.trainer import Report, Trainer
-from cryosplat.volumefit import Problem, fit_all, whole
+from cryosplat.volumefit import Fitted, Problem, fit_all, whole
 
 logger = logging.getLogger("cryosplat.train")  # __name__ is __main__ under python -m
 
@@ -56,33 +60,55 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         InputError: anything wrong with input or configuration, on all ranks.
     """
-    with distributed.join(config) as world:
-        run = distributed.together(lambda: open_run(config) if world.is_main else None, world)
-        run = distributed.broadcast_object(run, world)
-        if run.summary is not None:
-            logger.info("%s: the run is complete; nothing to do", run.folder)
-            return run.summary
+    with distributed.join(config) as world, interruption.watch(world) as watch:
+        lock = RunLock(Path(config.run_dir).expanduser())
         try:
-            return Run(config, world, run).train()
+            return _train(config, world, watch, lock)
         except torch.cuda.OutOfMemoryError as error:
             raise InputError(f"rank {world.rank}: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error
+        except Interrupted as error:
+            # Raised again where it holds on to nothing of the run, and the ranks have left each other in good order.
+            interrupted = Interrupted(str(error))
+        finally:
+            lock.release()
+    interruption.ignore_signals()
+    raise interrupted
+
+
+def _train(config: Config, world: distributed.World, watch: interruption.Watch, lock: RunLock) -> dict[str, Any]:
+    run = distributed.together(lambda: open_run(config, lock) if world.is_main else None, world)
+    run = distributed.broadcast_object(run, world)
+    if run.summary is not None:
+        logger.info("%s: the run is complete; nothing to do", run.folder)
+        return run.summary
+    return Run(config, world, run, watch, lock).train()
 
 
 class Run:
     """One training run on one rank: the parts, put together, and their order."""
 
-    def __init__(self, config: Config, world: distributed.World, run: RunState):
-        self.config, self.world, self.run = config, world, run
+    def __init__(
+        self,
+        config: Config,
+        world: distributed.World,
+        run: RunState,
+        watch: interruption.Watch,
+        lock: RunLock,
+    ):
+        self.config, self.world, self.run, self.watch, self.lock = config, world, run, watch, lock
         self.began = time.perf_counter()
         self.before = run.state["seconds"] if run.state else {"wall": 0.0, "cpu": 0.0, "training": 0.0}
         self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, self.before.get("fit", 0.0)
         self.fit_gains: dict[str, list[float]] = {}
+        self.begun = run.resumed
         table = distributed.together(self._read_table, world)
         plan = BatchPlan(table.half, config.train.batch, config.train.seed, table.held_out)
         free = free_bytes(world)
         grids = 2 if config.maps.halves else int(config.volume.steps > 0)
         self.memory = distributed.together(lambda: plan_memory(config, table, plan, world, free, grids), world)
+        distributed.doing("reading images")
         dataset = distributed.together(lambda: self._read_images(table, plan), world)
+        self._go_if_asked("nothing is to be saved yet")
         weights = self._share_statistics(dataset)
         self.comparison = distributed.together(
             lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
@@ -91,33 +117,45 @@ class Run:
         if config.volume.steps:
             distributed.together(lambda: self._make_null(dataset), world)
             halves = self._back_project(dataset, plan)
-            mixture = self._mixture(dataset, halves)
+            mixture = self._mixture(dataset, plan, halves)
             self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), settings)
             self._resume()
         else:
-            mixture = self._mixture(dataset, None)
+            mixture = self._mixture(dataset, plan, None)
             self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), settings)
             self._resume() or self.trainer.set_scale(config.data.check_sign)
             # After the grey scale was set: the null's mixtures then move as those of the real images do.
             distributed.together(lambda: self._make_null(dataset), world)
             halves = self._back_project(dataset, plan)
         self.holdout = HoldOut(plan, dataset, self.noise, world, config.train.seed) if plan.held_out.any() else None
-        if not run.resumed:
-            distributed.together(lambda: begin_run(config, run) if world.is_main else None, world)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the run directory of a new run, if it is not made yet."""
+        begun, self.begun = self.begun, True
+        if not begun:
+            distributed.together(
+                lambda: begin_run(self.config, self.run, self.lock) if self.world.is_main else None, self.world
+            )
 
     def train(self) -> dict[str, Any]:
         """Train, evaluate and save by epochs, then write the products; returns the summary."""
         trainer, config, evaluation = self.trainer, self.config, None
         with self._monitor() as monitor:
+            self.watch.begin_at(trainer.progress.step)
             self.next_checkpoint = time.monotonic() + 60 * config.checkpoint.every_minutes
             if self.fit_gains:
                 monitor.volume_fit(self.fit_gains)
                 self._save(monitor)  # what comes next may be cut short
             while not trainer.finished:
-                trainer.run_epoch(lambda report: self._report(report, monitor))
+                trainer.run_epoch(
+                    lambda report: self._report(report, monitor), lambda looked: self._after_step(looked, monitor)
+                )
                 if trainer.progress.epoch % config.maps.every == 0 or trainer.finished:
                     evaluation = self._evaluate(monitor)
-                self._save(monitor)
+                distributed.together(lambda: self._save(monitor), self.world)
+                if not trainer.finished:  # then what is left takes no longer than to begin again
+                    self._go_if_asked(self._saved())
             if evaluation is None and self.images_trained == 0:  # nothing to train, or only the products are missing
                 evaluation = self._evaluate(monitor)
             suite = self._half_map_curves(evaluation)
@@ -181,7 +219,7 @@ class Run:
             return None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
 
         found = reconstruct(~plan.held_out, halves)
-        watched = fits and not self.run.resumed and plan.held_out.any()
+        watched = fits and self.run.state is None and plan.held_out.any()
         kept = reconstruct(plan.held_out, False) if watched else None
         self.held_out = kept[0].equations if kept else None
         distributed.together(lambda: self._look_at(found, dataset.pixel_size_a) if world.is_main else None, world)
@@ -197,7 +235,9 @@ class Run:
         if checked and data.check_signal and self.linear is not None:
             require_signal(self.linear)
 
-    def _mixture(self, dataset: ParticleDataset, halves: tuple[LinearHalf, ...] | None) -> GaussianMixture:
+    def _mixture(
+        self, dataset: ParticleDataset, plan: BatchPlan, halves: tuple[LinearHalf, ...] | None
+    ) -> GaussianMixture:
         """The mixtures that images are going to train: as saved, fitted in the volume, or at random."""
         model, state = self.config.model, self.run.state
         models = len(MODEL_NAMES) if self.config.maps.halves else 1
@@ -227,7 +267,7 @@ class Run:
             ]
         settings = replace(model, scale=start), self.config.volume, scale_range
         began = time.perf_counter()
-        fitted = fit_all(problems, models, settings, self.world)
+        fitted = self._fit_all(problems, models, settings, plan)
         self.fit_seconds = time.perf_counter() - began
         self.fit_gains = {name: one.gains for name, one in zip(MODEL_NAMES, fitted, strict=False)}
         if fitted[0].held_out_gains:
@@ -242,6 +282,24 @@ class Run:
                 mixture.mixtures[m].copy_(one.parameters)
                 mixture.unit[m] = one.unit
         return mixture
+
+    def _fit_all(self, problems: list[Problem] | None, models: int, settings: tuple, plan: BatchPlan) -> list[Fitted]:
+        """Fit, with what is done so far kept in the run directory, which is there no longer if a fit is refused."""
+        new = not self.begun
+        self._go_if_asked("nothing is to be saved yet")
+        self._begin()
+        distributed.doing("fitting in the volume")
+        key = hashlib.sha256(plan.half.tobytes() + plan.held_out.tobytes()).hexdigest()
+        every_s = 60 * self.config.checkpoint.every_minutes
+        keeper = FitKeeper(self.run.checkpoints, key, every_s, self.watch)
+        try:
+            return fit_all(problems, models, settings, self.world, keeper)
+        except Interrupted:
+            raise self._interrupted("the fits in the volume are kept as they stand") from None
+        except InputError:
+            if new and self.world.is_main:
+                give_up_run(self.run, self.lock)
+            raise
 
     def _see(self, mixture: GaussianMixture, dataset: ParticleDataset, weights: torch.Tensor | None) -> Reconstruction:
         """The mixtures as images show them."""
@@ -284,8 +342,32 @@ class Run:
         memory = peak_memory_gib(self.world.device)
         rate = report.images / max(report.seconds, 1e-9)
         monitor.step(report.step, report.epoch, report.losses, report.learning_rate, rate, memory)
-        if time.monotonic() > self.next_checkpoint and not self.trainer.at_epoch_end:
-            self._save(monitor)
+
+    def _after_step(self, looked: bool, monitor) -> None:
+        """Save if it is time, and go if a rank was asked to; all ranks do the same."""
+        step = self.trainer.progress.step
+        distributed.doing(f"step {step + 1} of {self.trainer.total_steps}")
+        if not looked and not self.watch.is_due(step):
+            return
+        go, save = self.watch.agree(step, self.world.is_main and time.monotonic() > self.next_checkpoint)
+        if go or save:
+            self.trainer.require_finite()
+            # Together also when rank 0 alone has something to do: one that has gone would have the others killed.
+            distributed.together(lambda: self._save(monitor), self.world)
+        if go:
+            raise self._interrupted(self._saved())
+
+    def _go_if_asked(self, saved: str) -> None:
+        """Where nothing else is under way; a collective."""
+        if self.watch.anybody():
+            raise self._interrupted(saved)
+
+    def _saved(self) -> str:
+        return f"saved after step {self.trainer.progress.step} of {self.trainer.total_steps}"
+
+    def _interrupted(self, what: str) -> Interrupted:
+        asked_by = f"by {self.watch.asked_by}" if self.watch.asked_by else "through another rank"
+        return Interrupted(f"asked to go {asked_by}, {what}; the same command goes on from there ({self.run.folder})")
 
     def _evaluate(self, monitor) -> Evaluation | None:
         """Rank 0 alone; the others go on to the next epoch and wait for it in their first all-reduce.
@@ -321,10 +403,11 @@ class Run:
         return evaluation
 
     def _save(self, monitor) -> None:
-        """Every rank has the same state, so rank 0 saves alone, with no collective."""
+        """Every rank has the same state, so rank 0 saves alone."""
         self.next_checkpoint = time.monotonic() + 60 * self.config.checkpoint.every_minutes
         if not self.world.is_main:
             return
+        self.lock.require()
         monitor.flush()
         state = {
             "trainer": self.trainer.state(),
@@ -335,6 +418,7 @@ class Run:
             "seconds": self._seconds(),
         }
         checkpoint.save(self.run.checkpoints, self.trainer.progress.step, state, self.config.checkpoint.keep)
+        fitkeeping.remove(self.run.checkpoints)
 
     def _seconds(self) -> dict[str, float]:
         """Over all resumed parts: wall seconds of the run, its fit and its training, CPU seconds of this rank."""

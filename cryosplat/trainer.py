@@ -93,6 +93,7 @@ class Trainer:
         # Losses since the last look, on the device; the host reads them only then.
         self._recent: collections.deque[tuple[int, np.ndarray, Tensor]] = collections.deque()
         self._totals = torch.zeros(mixture.models, device=self.world.device)
+        self._steps_since_look = 0
         self._micro_batch = self.config.micro_batch or self.config.batch
         # Other ranks wait in the last micro-batch, so GPU memory must not run out in it: it is an empty one.
         self._shares_apart = self.world.size > 1 and self.world.device.type == "cuda"
@@ -163,6 +164,8 @@ class Trainer:
             "unit": mixture.unit.cpu(),
             "optimiser": self.optimiser.state_dict(),
             "progress": dataclasses.asdict(self.progress),
+            # Between two looks: so that the next one means the same steps as if nothing had happened.
+            "since_look": {"steps": self._steps_since_look, "losses": self._totals.cpu().clone()},
         }
 
     def load_state(self, state: dict) -> None:
@@ -175,9 +178,14 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self._graphs = None  # they know the moments by their addresses
         self.progress = Progress(**state["progress"])
+        if "since_look" in state:
+            self._steps_since_look = state["since_look"]["steps"]
+            self._totals.copy_(state["since_look"]["losses"])
 
-    def run_epoch(self, on_report) -> None:
+    def run_epoch(self, on_report, on_step=lambda looked: None) -> None:
         """Train to the end of the current epoch, calling ``on_report(Report)`` every ``log_every`` steps.
+
+        ``on_step(looked)`` is called after every step but the epoch's last, ``looked`` whether it was also reported.
 
         Raises:
             InputError: a value that is not finite, on all ranks together, before it reached a parameter.
@@ -193,11 +201,14 @@ class Trainer:
             self.progress.step += 1
             self.progress.step_in_epoch += 1
             last = self.progress.step_in_epoch == len(batches)
-            if self.progress.step % self.config.log_every == 0 or last:
+            look = self.progress.step % self.config.log_every == 0 or last
+            if look:
                 losses = self._look()
                 now = time.perf_counter()
                 on_report(Report(self.progress.step, self.progress.epoch, losses, rate, images, now - began))
                 began, images = now, 0
+            if not last:
+                on_step(look)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
 
@@ -211,6 +222,7 @@ class Trainer:
         else:
             losses = self._compute(mine, counts)
         self._recent.append((self.progress.step, mine.ids, losses))
+        self._steps_since_look += 1
 
     def _compute(self, mine: Chosen, counts: Counts) -> Tensor:
         """What a step does on the device; losses (views, B) of this rank's particles."""
@@ -282,12 +294,21 @@ class Trainer:
 
     def _look(self) -> dict[str, float]:
         """Read the device: mean losses since the last look, or the end of the run if something was not finite."""
-        if self.optimiser.blocked():
-            self._stop_for_non_finite()
-        mean = (self._totals / max(len(self._recent), 1)).tolist()
+        self.require_finite()
+        mean = (self._totals / self._steps_since_look).tolist()
         self._totals.zero_()
+        self._steps_since_look = 0
         self._recent.clear()
         return dict(zip(MODEL_NAMES, mean, strict=False))
+
+    def require_finite(self) -> None:
+        """Read the device: what is saved must not have passed over a step. All ranks call it at the same step.
+
+        Raises:
+            InputError: a value was not finite, on all ranks.
+        """
+        if self.optimiser.blocked():
+            self._stop_for_non_finite()
 
     def _stop_for_non_finite(self) -> None:
         """Every rank comes here at the same look: name the first step and particle, from whichever rank has it."""

@@ -13,6 +13,7 @@ they only whisper. Every figure here has its row in benchmarks/quality.md.
 Nothing is shared between models: mask, filter, number of Gaussians and points are each half's own.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -27,12 +28,13 @@ from torch import Tensor
 from cryosplat import distributed
 from cryosplat.backprojection import LinearHalf
 from cryosplat.config import ModelConfig, VolumeConfig
-from cryosplat.errors import InputError
+from cryosplat.descent import Descent
+from cryosplat.errors import InputError, Interrupted
+from cryosplat.fitkeeping import FitKeeper
 from cryosplat.gaussians import AMPLITUDE, MEAN, NUMBERS, QUATERNION, SCALE, GaussianMixture, inverse_softplus
 from cryosplat.masks import mask_from_map, spherical_mask
 from cryosplat.metrics import OVERFITTED
-from cryosplat.optimiser import ColumnAdam
-from cryosplat.quadratic import NormalEquations, QuadraticForm
+from cryosplat.quadratic import NormalEquations
 from cryosplat.sectors import SectorSums, smooth
 
 logger = logging.getLogger(__name__)
@@ -54,22 +56,6 @@ START_SCALE = 0.65
 
 MASK_LEVEL = 0.3
 """Value of the mask down to which it counts for the side of the fit's box."""
-
-CUTOFF = 3.5
-"""Standard deviations drawn in a fit. Of a map, the error is 2e-3, far below the noise."""
-
-LARGEST_SCALE_PX = 3.0
-"""Greatest standard deviation in a fit, or twice that of its start: wider Gaussians cost the cube of their width, and
-tell the least."""
-
-SCALE_RATE, QUATERNION_RATE, AMPLITUDE_RATE = 0.04, 0.04, 0.2
-"""Adam's steps: of the logarithm of a scale, of a quaternion's entries, of an amplitude over its start. Positions have
-theirs in pixels, ``VolumeConfig.step_px``."""
-
-LAST_RATE = 0.1
-"""Rates fall by half a cosine to this fraction."""
-
-BETAS = (0.9, 0.99)
 
 CPU = torch.device("cpu")
 
@@ -148,8 +134,9 @@ def fit(
     volume: VolumeConfig,
     scale_range: tuple[float, float],
     device: torch.device = CPU,
+    keeper: FitKeeper | None = None,
 ) -> Fitted:
-    """Start a mixture and fit it.
+    """Start a mixture and fit it, or go on where ``keeper`` has it.
 
     Args:
         problem: of the model.
@@ -157,9 +144,11 @@ def fit(
         volume: of the run.
         scale_range: least and greatest scale, fractions of the box.
         device: to fit on.
+        keeper: keeps it on disk while it goes on.
 
     Raises:
         InputError: the fit did not stay finite.
+        Interrupted: by ``keeper``, which has kept it.
     """
     box = problem.box
     sums = SectorSums(box)
@@ -167,14 +156,25 @@ def fit(
     mask = _mask(problem)
     side = min(2 * (int(np.abs(np.argwhere(mask > MASK_LEVEL) - box // 2).max()) + 1), 2 * (box // 2))
     form = problem.half.equations.to(device).within(side)
+    kept = None if keeper is None else keeper.load(problem.name)
     count = model.gaussians or _count(mask, resolved, box)
+    if kept is not None:
+        count = len(kept["parameters"])
     mixture = GaussianMixture(1, count, model.amplitudes, scale_range).to(device)
     if model.start == "random":
         mixture.start_randomly(model.spread, model.scale, problem.seed)
-    else:
+    elif kept is None:
         _start_from(filtered * mask, mixture, problem)
     held_out = None if problem.held_out is None else problem.held_out.to(device).within(side)
-    gains, held_out_gains = _descend(mixture, form, box, volume, problem, held_out)
+    descent = Descent(mixture, form, box, volume, held_out)
+    if kept is not None:
+        descent.load_state(kept)
+        logger.info("%s: its fit in the volume goes on after step %d", problem.name, descent.steps)
+    while descent.steps < volume.steps:
+        descent.step()
+        if keeper is not None:
+            keeper.after_step(problem.name, descent.state, last=descent.steps == volume.steps)
+    gains, held_out_gains = descent.gains(problem.name)
     logger.info(
         "%s: %d Gaussians fitted in the volume, %d steps in a box of %d px; %.0f nats above an empty map",
         *(problem.name, count, len(gains), side, gains[-1]),
@@ -187,6 +187,7 @@ def fit_all(
     models: int,
     settings: tuple[ModelConfig, VolumeConfig, tuple[float, float]],
     world: distributed.World,
+    keeper: FitKeeper | None = None,
 ) -> list[Fitted]:
     """Fit all models, each on one rank, and tell all ranks of them.
 
@@ -195,11 +196,13 @@ def fit_all(
     Args:
         problems: of the models, on rank 0; None on the others.
         models: M.
-        settings: the last three arguments of ``fit``.
+        settings: ``model``, ``volume`` and ``scale_range`` of ``fit``.
         world: the ranks.
+        keeper: of this rank's fits.
 
     Raises:
         InputError: see ``fit``; on all ranks.
+        Interrupted: on all ranks, when each has kept its fits.
     """
     mine = []
     for m in range(models):
@@ -207,8 +210,19 @@ def fit_all(
         problem = distributed.send_object(None if problems is None else problems[m], rank, world)
         if rank == world.rank:
             mine.append((m, problem))
-    fitted = distributed.together(lambda: {m: fit(problem, *settings, world.device) for m, problem in mine}, world)
-    return [distributed.broadcast_object(fitted.get(m), world, m % world.size) for m in range(models)]
+
+    def fit_mine() -> dict[int, Fitted]:
+        done = {}
+        for m, problem in mine:
+            with contextlib.suppress(Interrupted):
+                done[m] = fit(problem, *settings, world.device, keeper)
+        return done
+
+    done = distributed.together(fit_mine, world)
+    fitted = [distributed.broadcast_object(done.get(m), world, m % world.size) for m in range(models)]
+    if None in fitted:
+        raise Interrupted("a fit in the volume was not finished")
+    return fitted
 
 
 def wiener_alone(half: LinearHalf, sums: SectorSums, share: float = 1.0) -> tuple[np.ndarray, int]:
@@ -305,65 +319,3 @@ def _quaternions(uniform: np.ndarray) -> np.ndarray:
     return np.stack(
         [less * np.sin(turns[0]), less * np.cos(turns[0]), more * np.sin(turns[1]), more * np.cos(turns[1])], 1
     )
-
-
-def _descend(
-    mixture: GaussianMixture,
-    form: QuadraticForm,
-    box: int,
-    volume: VolumeConfig,
-    problem: Problem,
-    held_out: QuadraticForm | None,
-) -> tuple[list[float], list[float]]:
-    """Fit a mixture in place; gains in log likelihood before every step, of its own images and of those held out."""
-    parameters, side = mixture.mixtures[0], form.side
-    reach = (side / 2 - 1) / box
-    # Few Gaussians start wide, and may widen.
-    widest = max(LARGEST_SCALE_PX / box, 2 * float(mixture.scales().detach().max()))
-    bounds = mixture.raw_scale_range[0], min(mixture.raw_scale_range[1], inverse_softplus(widest))
-    rates = torch.empty(NUMBERS, device=parameters.device)
-    rates[MEAN], rates[SCALE] = volume.step_px / box, SCALE_RATE
-    rates[QUATERNION], rates[AMPLITUDE] = QUATERNION_RATE, AMPLITUDE_RATE * _raw_share(mixture)
-    adam = ColumnAdam(parameters, rates, BETAS)
-    _settle(parameters, bounds, reach)
-    with torch.no_grad():
-        # The best grey scale, if it is one: amplitudes near zero could not move.
-        factor = form.best_factor(_draw(mixture, side, box))
-        mixture.unit *= factor if math.isfinite(factor) and factor > 1e-3 else 1.0
-    gains, held_out_gains = [], []
-    for step in range(volume.steps):
-        drawn = _draw(mixture, side, box)
-        with torch.no_grad():
-            value, gradient = form(drawn.detach())
-        gains.append(value)
-        if held_out is not None:
-            held_out_gains.append(held_out(drawn.detach())[0])
-        wanted = 0.5 * volume.prior * (mixture.shares() * mixture.gaussians - 1).square().sum()
-        torch.autograd.backward([drawn, wanted], [gradient, torch.ones_like(wanted)])
-        progress = step / volume.steps
-        adam.step(LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
-        _settle(parameters, bounds, reach)
-    # Read once, at the end: a GPU would wait for the host at every step.
-    gains = (-torch.stack(gains)).tolist()
-    held_out_gains = (-torch.stack(held_out_gains)).tolist() if held_out_gains else []
-    if not all(map(math.isfinite, gains)) or not bool(torch.isfinite(parameters).all()):
-        raise InputError(
-            f"{problem.name}: its fit in the volume did not stay finite; lower volume.step_px ({volume.step_px:g}) or "
-            f"volume.prior ({volume.prior:g})"
-        )
-    return gains, held_out_gains
-
-
-def _draw(mixture: GaussianMixture, side: int, box: int) -> Tensor:
-    return mixture.draw(box, side, CUTOFF)[0]
-
-
-@torch.no_grad()
-def _settle(parameters: Tensor, bounds: tuple[float, float], reach: float) -> None:
-    parameters[:, SCALE].clamp_(*bounds)
-    parameters[:, MEAN].clamp_(-reach, reach)
-
-
-def _raw_share(mixture: GaussianMixture) -> float:
-    """By how much a raw amplitude changes while an equal share changes by itself."""
-    return 1.0 if mixture.positive else mixture.raw_amplitude_of_equals(mixture.gaussians)

@@ -11,10 +11,6 @@ from backends import BACKENDS, backend_named
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; set on all that is skipped for want of one")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """So that ``-m gpu`` selects what the reasons of ``skipif`` say, before pytest makes its choice."""
@@ -71,7 +67,8 @@ def slurm_net() -> Iterator[slurmcluster.Cluster]:
         yield found
 
 
-def pytest_configure(config) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; set on all that is skipped for want of one")
     if not hasattr(config, "workerinput"):  # in the process that starts xdist's workers, or in the only one
         slurmcluster.begin_session()
 

@@ -139,9 +139,9 @@ def poisoned(folder: Path, argument: int, words: list[str]) -> int:
             (folder / "particle.txt").write_text(self.table.location(int(mine.ids[0])))
         step(self, mine, counts, rate)
 
-    def watched_epoch(self, on_report):
+    def watched_epoch(self, *callbacks):
         try:
-            run_epoch(self, on_report)
+            run_epoch(self, *callbacks)
         finally:
             torch.save(self.reconstruction.mixture.theta.detach(), folder / f"theta{self.world.rank}.pt")
 

@@ -12,6 +12,7 @@ from ranks import Job
 from training_set import fitted, last_checkpoint
 
 from cryosplat import checkpoint, train
+from cryosplat.descent import Descent
 from cryosplat.ending import ending
 from cryosplat.errors import InputError
 from cryosplat.metrics import HOLDOUT_COLUMNS, read_metrics, read_volume_fit
@@ -214,13 +215,16 @@ def test_a_run_that_was_killed_after_its_fit_ends_alike_without_another_fit(stac
     assert summary["gaussians_by_model"] == summary_of(run_dir)["gaussians_by_model"]
 
 
-def test_a_run_that_was_killed_before_its_fit_was_saved_starts_anew(stack, run_dir, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_with_its_fits(stack, run_dir, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", die)
         with pytest.raises(Killed):
             fitted(stack, tmp_path / "run", OWN_COUNT)
-    assert not list((tmp_path / "run").glob("checkpoints/*.pt"))
+    kept = {path.name for path in (tmp_path / "run").glob("checkpoints/*.pt")}
+    assert kept == {"fit_full.pt", "fit_half_a.pt", "fit_half_b.pt"}
+    monkeypatch.setattr(Descent, "step", die)
     fitted(stack, tmp_path / "run", OWN_COUNT)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoints/*.pt")] == ["step_000000000.pt"]
     np.testing.assert_array_equal(read_map(tmp_path / "run" / "map.mrc")[0], read_map(run_dir / "map.mrc")[0])
 
 
