@@ -37,6 +37,7 @@ _LOG = logging.getLogger("cryosplat")
 
 Result = TypeVar("Result")
 LAST_TENSORS_S = 0.05
+PATIENCE = datetime.timedelta(days=365)
 
 PIECE = 1 << 24
 """Numbers summed at a time over ranks, 64 MiB in float."""
@@ -56,6 +57,7 @@ class World:
         backend: "gloo" or "nccl" for the tensors of ``device``; "none" for one process.
         launcher: "single", "torchrun", "submitit" or "srun".
         threads: CPU threads of this rank, as given to PyTorch.
+        patient: the process group of ``wait_for_main``.
     """
 
     rank: int
@@ -66,6 +68,7 @@ class World:
     backend: str
     launcher: str
     threads: int
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -219,6 +222,7 @@ def _survey(placement: Placement, device: torch.device, backend: str, config: Co
         backend=backend,
         launcher=placement.launcher,
         threads=1,
+        patient=dist.new_group(backend="gloo", timeout=PATIENCE) if placement.size > 1 else None,
     )
     mine = _Place.of(device)
     places = gather_objects(mine, world)
@@ -353,6 +357,16 @@ def common_error(message: str, world: World) -> InputError:
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     sum_over_ranks(torch.zeros(1), world)
+
+
+def wait_for_main(world: World) -> None:
+    """Wait until every rank is here, however long rank 0 takes; all ranks call it.
+
+    For after what rank 0 does alone (maps, FSC), which may take longer than ``distributed.timeout_minutes``, as long as
+    other collectives wait for a rank that hangs. A rank 0 that ends meanwhile is noticed at once.
+    """
+    if world.size > 1:
+        dist.all_reduce(torch.zeros(1), group=world.patient)
 
 
 def wrap(module: nn.Module, world: World) -> nn.Module:
