@@ -90,13 +90,7 @@ def join(config: Config) -> Iterator[World]:
     device = choose_device(config.train.device, placement.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = _choose_backend(config, device) if placement.size > 1 else "none"
-    if placement.size > 1:
-        _connect(placement, backend, config.distributed.timeout_minutes)
-    elif tasks := tasks_left_out(placement, os.environ):
-        _LOG.warning(
-            "this job of Slurm has %d tasks, but this is one process alone, because srun has not started it", tasks
-        )
+    backend = _connect(placement, config, device)
     leave = backend == "gloo"
     try:
         yield _survey(placement, device, backend, config)
@@ -174,7 +168,15 @@ def _choose_backend(config: Config, device: torch.device) -> str:
     return wanted
 
 
-def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None:
+def _connect(placement: Placement, config: Config, device: torch.device) -> str:
+    """Make the process group, if there are others; returns the backend of ``device``'s tensors."""
+    if placement.size == 1:
+        if tasks := tasks_left_out(placement, os.environ):
+            _LOG.warning(
+                "this job of Slurm has %d tasks, but this is one process alone, because srun has not started it", tasks
+            )
+        return "none"
+    backend = _choose_backend(config, device)
     address = f"[{placement.address}]" if ":" in placement.address else placement.address
     try:
         dist.init_process_group(
@@ -182,7 +184,7 @@ def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None
             init_method=f"tcp://{address}:{placement.port}",
             rank=placement.rank,
             world_size=placement.size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=datetime.timedelta(minutes=config.distributed.timeout_minutes),
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise InputError(
@@ -190,6 +192,7 @@ def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None
             f"join the others at {placement.address}:{placement.port}: {str(error).splitlines()[0]} "
             f"(if hosts cannot reach each other by name, set GLOO_SOCKET_IFNAME to their network interface)"
         ) from error
+    return backend
 
 
 @dataclass(frozen=True)
