@@ -2,6 +2,9 @@
 # make test    set up and run the tests; as root on Debian or Ubuntu it installs Slurm, which some of them need
 # make venv    set up only: .venv with the package, its dependencies and the compiled core
 # make lint    check style
+# make gpu-wheels   collect in build/wheels what a GPU machine without network lacks, for GPU_PYTHON=3.12 there
+# make gpu-checks   on a GPU machine: every check and measurement there is, into GPU_OUT=runs/gpu-checks; needs no venv
+#                   (GPU_ARGS="--only 3 5 --budget 560" for some of them; python -m benchmarks.gpu_checks --help)
 # make clean   remove what was compiled; .venv and runs/ stay
 #
 # PYTHON=python3.12 chooses the interpreter, 3.10 or newer. pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL) hold.
@@ -15,7 +18,13 @@ BUILT := .venv/built.stamp
 DATA := runs/demo-data
 SIMULATE := --box 96 --pixel-size 2 --images 3000 --snr 0.0007
 
-.PHONY: help demo test venv lint clean
+GPU_PYTHON ?= 3.12
+GPU_OUT ?= runs/gpu-checks
+WHEELS := build/wheels
+CARRIED := cryodrgn gemmi iniconfig mrcfile omegaconf plyfile pluggy pytest setuptools starfile submitit
+PLATFORMS := $(patsubst %,--platform %_x86_64,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014)
+
+.PHONY: help demo test venv lint gpu-wheels gpu-checks clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -35,6 +44,15 @@ test: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gpu-wheels: venv
+	rm -rf $(WHEELS)
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+	  $(PLATFORMS) -c constraints.txt -d $(WHEELS) $(CARRIED)
+
+# Not the venv's Python: there is none without network. The checks make an environment of their own.
+gpu-checks:
+	$(PYTHON) -m benchmarks.gpu_checks --output $(GPU_OUT) $(GPU_ARGS)
 
 venv: $(BUILT)
 

@@ -3,7 +3,7 @@
 The same formula, units and cut-off as csrc/splat.h; gradients by autograd. Every Gaussian of a view is evaluated on a
 patch of pixels that covers its footprint, and the patches are added into the image at once. Gaussians are grouped by
 the size of their patch, so that a wide one does not widen all, and taken so many at a time that the temporaries stay
-in a core's cache. Degenerate Gaussians are not looked for.
+in a core's cache, or fill a GPU. Degenerate Gaussians are not looked for.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 PATCH_STEP_PX = 4
 """Patches are rounded up to multiples of this: few groups, little waste."""
 
-SAMPLES_AT_ONCE = 2**18
-"""Gaussians x pixels of a patch held at a time: 1 MiB a temporary in float32."""
+SAMPLES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+"""Gaussians x pixels of a patch held at a time: 1 MiB a temporary in float32 on a CPU, 256 MiB on a GPU."""
 
 
 def splat(
@@ -52,7 +52,7 @@ def _groups(gaussians: Tensor, box: int, cutoff: float) -> Iterator[tuple[Tensor
     for value, members in zip(keys.tolist(), order.split(counts.tolist()), strict=True):
         if value >= 0:
             width, height = (PATCH_STEP_PX * n for n in divmod(value, box + 1))
-            for chunk in members.split(max(1, SAMPLES_AT_ONCE // (width * height))):
+            for chunk in members.split(max(1, SAMPLES_AT_ONCE[gaussians.device.type] // (width * height))):
                 yield chunk, width, height
 
 

@@ -16,6 +16,7 @@ from cryosplat.errors import InputError, said_by_the_first
 from cryosplat.evaluation import read_comparison
 from cryosplat.fsc import resolution
 from cryosplat.linearmaps import linear_maps
+from cryosplat.memory import free_bytes, plan_memory
 from cryosplat.particles import read_particles
 from cryosplat.posterior import deliver
 from cryosplat.sampling import BatchPlan
@@ -93,7 +94,14 @@ def _reconstruct(
     table = distributed.together(table_of_particles, world)
     plan = BatchPlan(table.half, config.train.batch, config.train.seed, table.held_out)
     mine = np.flatnonzero(plan.owner(world.size) == world.rank)
-    dataset = distributed.together(lambda: ParticleDataset(table, mine, data.box, data.invert, data.precision), world)
+    free = free_bytes(world)
+
+    def read_images():
+        cache = plan_memory(config, table, plan, world, free, 2 if halves else 1, trains=False).cache
+        where = {"device": world.device, "cache": cache}
+        return ParticleDataset(table, mine, data.box, data.invert, data.precision, **where)
+
+    dataset = distributed.together(read_images, world)
     read = distributed.together(
         lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
     )

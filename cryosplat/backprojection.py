@@ -114,8 +114,7 @@ def back_project(
     sums = torch.zeros(2 if halves else 1, padded, padded, padded // 2 + 1, 4, device=device)
     weight = 1 / noise_variance(radial, box).to(device)
     operators = torch.eye(3)[None] if symmetry is None else torch.from_numpy(symmetry).float()
-    for start in range(0, len(ids), VIEWS_PER_INSERT):
-        batch = dataset.batch(ids[start : start + VIEWS_PER_INSERT], device)
+    for batch in dataset.batches(np.split(ids, range(VIEWS_PER_INSERT, len(ids), VIEWS_PER_INSERT))):
         ctf = 1.0 if batch.ctf is None else ctf_image(batch.ctf, box, dataset.pixel_size_a)
         filtered = ctf * weight[batch.half]
         values, weights = batch.images * filtered, ctf * filtered

@@ -38,6 +38,7 @@ class DataConfig:
     truth: str | None = None  # map to compare with, simulations only
     mask: str | None = None  # soft mask for FSC, 0 to 1; none: made from the linear half maps
     precision: str = "half"  # images in memory: half or single
+    cache: str = "auto"  # where they are held: auto, device (a GPU's own memory) or host
     holdout: float = 0.0  # fraction of the images that nothing is trained on, to watch overfitting with
     null: str = "none"  # null test: phases (random beyond null_shell_a) or noise (no particle at all)
     null_shell_a: float | None = None  # A; null=phases: resolution from which on phases are random
@@ -73,6 +74,7 @@ class TrainConfig:
 
     epochs: int = 0  # passes over the images, image by image; none are needed after a fit in the volume
     batch: int = 64  # images a step, over all ranks
+    micro_batch: int | None = None  # images of a rank at a time, gradients added up; none: as many as memory takes
     lr: float = 1e-4  # one rate for all parameters
     schedule: str = "cosine"  # cosine, exponential or constant
     lr_final: float = 0.01  # cosine: last rate as a fraction of the first
@@ -82,6 +84,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu or cuda
     threads: int | None = None  # CPU threads a rank; none: cores / ranks on the host
     log_every: int = 20  # steps between looks at the losses
+    cuda_graph: str = "auto"  # auto: on one GPU the step is recorded and replayed; off: never
 
 
 @dataclass
@@ -164,11 +167,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 CHOICES = {
     "recipe": tuple(RECIPES),
     "data.precision": ("half", "single"),
+    "data.cache": ("auto", "device", "host"),
     "data.null": ("none", "phases", "noise"),
     "model.amplitudes": ("signed", "positive"),
     "model.start": ("map", "random"),
     "train.schedule": ("cosine", "exponential", "constant"),
     "train.device": ("auto", "cpu", "cuda"),
+    "train.cuda_graph": ("auto", "off"),
     "distributed.backend": ("auto", "gloo", "nccl"),
     "resume": ("auto", "never"),
 }
@@ -190,6 +195,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "volume.step_px": (lambda value: value > 0, "more than 0 px"),
     "volume.prior": (lambda value: value >= 0, "0 or more nats"),
     "train.batch": (lambda value: value >= 1, "at least 1 image"),
+    "train.micro_batch": (lambda value: value >= 1, "at least 1 image"),
     "train.lr": (lambda value: value > 0, "more than 0"),
     "train.lr_final": (lambda value: 0 <= value <= 1, "a fraction of train.lr, 0 to 1"),
     "train.lr_gamma": (lambda value: 0 < value <= 1, "a factor above 0 and at most 1"),

@@ -48,8 +48,9 @@ def ctf_image(parameters: torch.Tensor, box: int, pixel_size_a: float | torch.Te
     defocus_u, defocus_v, angle, voltage, cs, contrast, shift = parameters.double().unbind(-1)
     volts = voltage * 1e3
     wavelength = WAVELENGTH_NUMERATOR_A / torch.sqrt(volts + RELATIVISTIC_PER_VOLT * volts**2)
-    # One over the squared field of view turns cycles per box into cycles per A.
-    per_a2 = (box * torch.as_tensor(pixel_size_a, dtype=torch.float64, device=parameters.device)) ** -2
+    # One over the squared field of view turns cycles per box into cycles per A. A number stays on the host, which would
+    # have to wait for a GPU to take it over.
+    per_a2 = (box * torch.as_tensor(pixel_size_a, dtype=torch.float64)) ** -2
 
     half_pi_wavelength = 0.5 * torch.pi * wavelength * per_a2
     astigmatism = half_pi_wavelength * (defocus_u - defocus_v)

@@ -156,6 +156,43 @@ def insert(values: Tensor, weights: Tensor, rotations: Tensor, shifts: Tensor, g
     )
 
 
+def spectral_residual(
+    spectra: Tensor,
+    stored: Tensor,
+    rows: Tensor,
+    gain: Tensor,
+    ctf: Tensor | None,
+    half: Tensor,
+    whitening: Tensor | None,
+    box: int,
+    constants: tuple[float, float, float],
+) -> Tensor:
+    """Losses (views, B), see :mod:`cryosplat.spectral`; ``spectra`` (views, B, D, D//2+1) is overwritten.
+
+    ``constants``: of the CTF, in the order of csrc/residual.h.
+
+    Raises:
+        InputError: double precision.
+    """
+    if spectra.dtype != torch.complex64 or stored.dtype not in (torch.float16, torch.float32):
+        raise InputError(f"spectra: GPUs take single precision, got {spectra.dtype}, images of {stored.dtype}")
+    kernels, shape = kernels_of(torch.float32), (*spectra.shape[:2], box)
+    assert spectra.is_contiguous() and stored.is_contiguous()
+    losses = gain.new_empty(spectra.shape[:2])
+    work = _workspace(kernels.residual_bytes(*shape), spectra)
+    given = [None if t is None else t.contiguous() for t in (rows, gain, ctf, half, whitening)]
+    kernels.residual(
+        *shape,
+        stored.data_ptr(),
+        stored.dtype == torch.float16,
+        *(0 if t is None else t.data_ptr() for t in given),
+        *constants,
+        *addresses(spectra, losses, work),
+        *queue_of(spectra),
+    )
+    return losses
+
+
 def addresses(*tensors: Tensor) -> list[int]:
     """Of the first elements."""
     return [tensor.data_ptr() for tensor in tensors]

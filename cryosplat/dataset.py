@@ -1,13 +1,14 @@
 """A rank's particles, ready for training: normalised half-spectra in memory, batches on demand."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cryosplat.batches import Batch, Chosen, Courier, to_device
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.errors import InputError
 from cryosplat.fingerprints import NUMBERS, fingerprint
@@ -22,23 +23,6 @@ HALF_PRECISION_MAX = 6.0e4
 
 FIRST_NOISE_SHELL = 2
 """Of white noise whose mean over the corners was subtracted, shell 0 has none left, shell 1 70 % and shell 2 all."""
-
-
-@dataclass
-class Batch:
-    """B particles on one rank; D is the training box.
-
-    ``images`` (B, D, D//2+1) complex64, orthonormal half-spectra (see conventions) in units of the
-    noise's standard deviation; ``rotations`` (B, 3, 3); ``shifts`` (B, 2) in pixels; ``ctf`` (B, 7) or
-    None; ``half`` (B,) 0 or 1; ``ids`` (B,) rows of the particle table.
-    """
-
-    images: Tensor
-    rotations: Tensor
-    shifts: Tensor
-    ctf: Tensor | None
-    half: Tensor
-    ids: np.ndarray
 
 
 @dataclass
@@ -57,7 +41,7 @@ class Statistics:
 
 
 class ParticleDataset:
-    """The particles a rank owns, read once and held as half-spectra.
+    """The particles a rank owns, read once and held as half-spectra, on its device or in the host's memory.
 
     Every image has its own background taken off and is divided by its half's noise level, so that
     the grey levels of the stack do not matter: a stack times 100 plus an offset is the same data set.
@@ -71,6 +55,9 @@ class ParticleDataset:
         invert: cryoDRGN's flag: true where particles are white on dark.
         precision: "half" or "single", of the images in memory.
         progress: called with the number of images read so far.
+        device: where images are prepared and batches are made.
+        cache: "device" or "host", where half-spectra are held. From the host each batch's follow on a stream of their
+            own while the batch before is at work.
 
     Raises:
         InputError: a non-finite or constant image (named), or a box larger than the stored one.
@@ -84,6 +71,8 @@ class ParticleDataset:
         invert: bool = True,
         precision: str = "half",
         progress: Callable[[int], None] = lambda done: None,
+        device: torch.device | str = "cpu",
+        cache: str = "device",
     ):
         self.box = table.box if box is None else box
         if self.box > table.box:
@@ -91,44 +80,49 @@ class ParticleDataset:
         self.pixel_size_a = rescaled_pixel_size(table.pixel_size_a, table.box, self.box)
         self.particles = len(table)
         self.owned = owned
+        self.half = table.half.astype(np.int64)
+        self.device = torch.device(device)
+        self._held_out = table.held_out
         self._row = np.full(len(table), -1, dtype=np.int64)
         self._row[owned] = np.arange(len(owned))
-        self._half = torch.from_numpy(table.half.astype(np.int64))
-        self._held_out = torch.from_numpy(table.held_out)
         self._cropped = self.box < table.box
-        self._rotations = torch.from_numpy(table.rotations).float()
-        self._shifts = (torch.from_numpy(table.shifts) * self.box).float()
-        self._ctf = None if table.ctf is None else torch.from_numpy(table.ctf).float()
-        self._gain = torch.zeros(len(table))
         self._sign = 1.0 if invert else -1.0
-        dtype = torch.float16 if precision == "half" else torch.float32
-        self._spectra = torch.empty(len(owned), self.box, self.box // 2 + 1, 2, dtype=dtype)
+        # What a batch has of every particle, on the device, so that a batch is a selection there.
+        self._rows = torch.from_numpy(self._row).to(self.device)
+        self._halves = torch.from_numpy(self.half).to(self.device)
+        self._rotations = torch.from_numpy(table.rotations).float().to(self.device)
+        self._shifts = (torch.from_numpy(table.shifts) * self.box).float().to(self.device)
+        self._ctf = None if table.ctf is None else torch.from_numpy(table.ctf).float().to(self.device)
+        self._gain = torch.zeros(len(table), device=self.device)
+        dtype, place = torch.float16 if precision == "half" else torch.float32, "cpu" if cache == "host" else device
+        self._spectra = torch.empty(len(owned), self.box, self.box // 2 + 1, 2, dtype=dtype, device=place)
+        self._courier = Courier(self._spectra, self.device) if cache == "host" else None
         self.statistics = self._read(table, progress)
 
     def _read(self, table: ParticleTable, progress: Callable[[int], None]) -> Statistics:
-        corners = corner_mask(table.box)
+        corners = corner_mask(table.box).to(self.device)
         shells, shell_size = _shells(table.box)
         numbers = np.zeros((len(table), NUMBERS))
         statistics = Statistics(np.zeros(len(table)), numbers, np.zeros((2, len(shell_size))), np.zeros(2))
         for start in range(0, len(self.owned), IMAGES_PER_READ):
             ids = self.owned[start : start + IMAGES_PER_READ]
             raw = table.read(ids)
-            table.require_finite(raw, ids)
-            images = torch.from_numpy(raw)
+            images = torch.from_numpy(raw).to(self.device)
+            if not bool(torch.isfinite(images.sum())):  # or so large that the sum is not
+                table.require_finite(raw, ids)
             background = images[:, corners]
             deviation = background.double().std(-1)
             if not bool((deviation > 0).all()):
                 first = int(ids[int((~(deviation > 0)).nonzero()[0])])
                 raise InputError(f"{table.location(first)}: the image is constant outside its inner circle; remove it")
             images = (images - background.mean(-1)[:, None, None]) / deviation.float()[:, None, None]
-            statistics.deviation[ids] = deviation.numpy()
-            statistics.fingerprint[ids] = fingerprint(images).numpy()
+            statistics.deviation[ids] = deviation.cpu().numpy()
+            statistics.fingerprint[ids] = fingerprint(images).cpu().numpy()
             noise = torch.fft.rfft2(images * corners, norm="ortho").abs().square().double() / corners.double().mean()
             for h in (0, 1):
-                mine = torch.from_numpy((table.half[ids] == h) & ~table.held_out[ids])
-                statistics.power[h] += np.bincount(
-                    shells.ravel(), noise[mine].sum(0).numpy().ravel(), minlength=len(shell_size)
-                )
+                mine = (self.half[ids] == h) & ~table.held_out[ids]
+                power = noise[torch.from_numpy(mine).to(self.device)].sum(0).cpu().numpy()
+                statistics.power[h] += np.bincount(shells.ravel(), power.ravel(), minlength=len(shell_size))
                 statistics.count[h] += int(mine.sum())
             spectra = fourier_crop(torch.fft.rfft2(images, norm="ortho"), self.box)
             self._store(start, spectra, table, ids)
@@ -154,11 +148,12 @@ class ParticleDataset:
         Each half has its own level, the root mean square of its particles' (halves share no statistic), but for those
         held out; sums run in the order of the table, so they are the same for any number of ranks.
         """
-        deviation = torch.from_numpy(deviation)
+        deviation, gain = torch.from_numpy(deviation), torch.zeros(self.particles)
         for h in (0, 1):
-            mine = self._half == h
+            mine = self.half == h
             level = deviation[mine & ~self._held_out].square().mean().sqrt()
-            self._gain[mine] = (self._sign * deviation[mine] / level).float()
+            gain[mine] = (self._sign * deviation[mine] / level).float()
+        self._gain = gain.to(self.device)
 
     def make_null(
         self, kind: str, seed: int, same: np.ndarray, noise: np.ndarray, null_shell_a: float | None = None
@@ -187,32 +182,52 @@ class ParticleDataset:
             rows = slice(start, start + len(ids))
             white = white_spectra(same[ids], self.box, seed)
             if kind == "noise":
-                spectra = white * level[self._half[torch.from_numpy(ids)]]
+                spectra = white * level[self.half[ids]]
             else:
-                spectra = random_phases(torch.view_as_complex(self._spectra[rows].float()), white, beyond)
+                spectra = random_phases(torch.view_as_complex(self._spectra[rows].float().cpu()), white, beyond)
             self._spectra[rows] = torch.view_as_real(spectra)
 
-    def batch(self, ids: np.ndarray, device: torch.device | str = "cpu") -> Batch:
-        """The particles ``ids``, which this rank owns, on a device."""
-        # Row -1 would be the last image: another particle's pixels under this one's pose, and no error.
-        assert (self._row[ids] >= 0).all(), "a batch has a particle of another rank"
-        rows = torch.from_numpy(self._row[ids])
-        at = torch.from_numpy(ids)
-        images = torch.view_as_complex(self._spectra[rows].float()) * self._gain[at][:, None, None]
-        ctf = None if self._ctf is None else self._ctf[at].to(device)
-        return Batch(
-            images.to(device),
-            self._rotations[at].to(device),
-            self._shifts[at].to(device),
-            ctf,
-            self._half[at].to(device),
-            ids,
-        )
+    def batch(self, ids: np.ndarray) -> Batch:
+        """The particles ``ids``, which this rank owns, on its device."""
+        return next(self.batches([ids]))
 
-    @property
-    def half(self) -> np.ndarray:
-        """(N,) half of every particle."""
-        return self._half.numpy()
+    def batches(self, order: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """Batches of particles that this rank owns, one after the other, on its device."""
+        return map(self.select, self.choose(order))
+
+    def choose(self, order: Sequence[np.ndarray]) -> Iterator[Chosen]:
+        """What ``select`` makes batches of, one after the other.
+
+        All ids go to the device at the beginning, in one copy; after that the host waits for nothing. Half-spectra
+        that are held by the host are sent a batch ahead.
+        """
+        # Row -1 would be the last image: another particle's pixels under this one's pose, and no error.
+        assert all((self._row[ids] >= 0).all() for ids in order), "a batch has a particle of another rank"
+        every, sizes = np.concatenate([np.empty(0, np.int64), *order]), [len(ids) for ids in order]
+        places = to_device(every, self.device).split(sizes)
+        if self._courier is None:
+            yield from map(Chosen, order, places)
+            return
+        rows = torch.from_numpy(self._row[every]).split(sizes)
+        sent = [self._courier.send(first) for first in rows[:1]]
+        for number, (ids, at) in enumerate(zip(order, places, strict=True)):
+            stored = self._courier.take(sent.pop())
+            sent += [self._courier.send(following) for following in rows[number + 1 : number + 2]]
+            yield Chosen(ids, at, stored)
+
+    def select(self, chosen: Chosen) -> Batch:
+        """A batch, of nothing but selections on the device."""
+        at, stored = chosen.at, chosen.stored
+        return Batch(
+            self._spectra if stored is None else stored,
+            self._rows[at] if stored is None else torch.arange(len(at), device=self.device),
+            self._gain[at],
+            self._rotations[at],
+            self._shifts[at],
+            None if self._ctf is None else self._ctf[at],
+            self._halves[at],
+            chosen.ids,
+        )
 
     @property
     def bytes_in_memory(self) -> int:

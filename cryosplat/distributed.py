@@ -372,6 +372,11 @@ def wait_for_main(world: World) -> None:
         dist.all_reduce(torch.zeros(1), group=world.patient)
 
 
+def apart(wrapped: nn.Module, world: World) -> contextlib.AbstractContextManager:
+    """Inside, gradients of what ``wrap`` returned add up on each rank; the first backward pass outside shares them."""
+    return contextlib.nullcontext() if world.size == 1 else wrapped.no_sync()
+
+
 def wrap(module: nn.Module, world: World) -> nn.Module:
     """``module`` with gradients averaged over ranks, in one all-reduce a step; itself in a single process.
 

@@ -51,7 +51,9 @@ class GaussianMixture(nn.Module):
         filler = torch.zeros(NUMBERS)
         filler[SCALE], filler[QUATERNION] = self.raw_scale_range[0], torch.tensor([1.0, 0.0, 0.0, 0.0])
         self.register_buffer("_filler", filler, persistent=False)
-        there = torch.arange(self.gaussians) < torch.tensor(self.counts)[:, None]
+        counts = torch.tensor(self.counts)[:, None]
+        self.register_buffer("_equal", SIGNED_START * counts, persistent=False)
+        there = torch.arange(self.gaussians) < counts
         self.register_buffer("_there", there, persistent=False)
 
     @property
@@ -96,8 +98,7 @@ class GaussianMixture(nn.Module):
     def shares(self) -> Tensor:
         """Amplitudes (M, G) over ``unit``; 0 for fillers."""
         raw = self.theta[..., AMPLITUDE]
-        counts = torch.tensor(self.counts, device=raw.device)[:, None]
-        shares = nn.functional.softplus(raw) if self.positive else raw / (SIGNED_START * counts)
+        shares = nn.functional.softplus(raw) if self.positive else raw / self._equal
         return shares * self._there
 
     def amplitudes(self) -> Tensor:

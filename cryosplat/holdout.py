@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from cryosplat import distributed
-from cryosplat.dataset import Batch, ParticleDataset, half_plane_weights, shells_of_half_plane
+from cryosplat.batches import Batch
+from cryosplat.dataset import ParticleDataset, half_plane_weights, shells_of_half_plane
 from cryosplat.metrics import HOLDOUT_BANDS
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.sampling import BatchPlan
@@ -58,8 +59,7 @@ class HoldOut:
         squares = torch.zeros(2, models, 2, dtype=torch.float64)
         counts = torch.zeros(2, 2, dtype=torch.float64)
         for kind, ids in enumerate(self.ids):
-            for start in range(0, len(ids), IMAGES_AT_ONCE):
-                batch = self.dataset.batch(ids[start : start + IMAGES_AT_ONCE], self.world.device)
+            for batch in self.dataset.batches(np.split(ids, range(IMAGES_AT_ONCE, len(ids), IMAGES_AT_ONCE))):
                 members = [(batch.half == h).cpu() for h in (0, 1)]
                 counts[kind] += torch.stack(members).sum(1)
                 for m in range(models):

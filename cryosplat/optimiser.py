@@ -25,8 +25,12 @@ class GatedAdam:
 
     def __init__(self, mixtures: Sequence[nn.Parameter], rate: float):
         self._mixtures = list(mixtures)
-        self._adam = torch.optim.Adam(self._mixtures, lr=rate, eps=EPSILON, fused=True)
-        self._closed = torch.zeros((), device=self._mixtures[0].device)
+        device = self._mixtures[0].device
+        # A graph of the step (``stepgraph``) reads the rate where it lies, so on a GPU that must be the device.
+        on_gpu = device.type == "cuda"
+        self._own = {"lr": torch.tensor(rate, device=device) if on_gpu else rate, "capturable": on_gpu}
+        self._adam = torch.optim.Adam(self._mixtures, eps=EPSILON, fused=True, **self._own)
+        self._closed = torch.zeros((), device=device)
         # Where torch.amp's GradScaler puts its verdict; the fused kernel skips the update if it is 1.
         self._adam.grad_scale = None
         self._adam.found_inf = self._closed
@@ -34,9 +38,16 @@ class GatedAdam:
     def zero_grad(self) -> None:
         self._adam.zero_grad(set_to_none=True)
 
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the steps from now on."""
+        if self._own["capturable"]:
+            self._own["lr"].fill_(rate)
+        else:
+            self._adam.param_groups[0]["lr"] = rate
+
     @torch.no_grad()
-    def step(self, rate: float, losses: Tensor, counts: Sequence[int]) -> None:
-        """Update at ``rate``, unless the gate is closed or this gradient, or one of ``losses`` (M,), closes it.
+    def step(self, losses: Tensor, counts: Sequence[int]) -> None:
+        """Update, unless the gate is closed or this gradient, or one of ``losses`` (M,), closes it.
 
         A model without a particle in this batch (``counts``) is left alone: momentum would move it.
         """
@@ -45,7 +56,6 @@ class GatedAdam:
         for mixture, count in zip(self._mixtures, counts, strict=True):
             if count == 0:
                 mixture.grad = None
-        self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
 
     def blocked(self) -> bool:
@@ -53,10 +63,14 @@ class GatedAdam:
         return bool(self._closed)
 
     def state_dict(self) -> dict:
-        return self._adam.state_dict()
+        """The same on every device: what is a GPU's alone is left out."""
+        state = self._adam.state_dict()
+        groups = [group | {"lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
+        return state | {"param_groups": groups}
 
     def load_state_dict(self, state: dict) -> None:
         self._adam.load_state_dict(state)
+        self._adam.param_groups[0] |= self._own
 
 
 class ColumnAdam:

@@ -5,56 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cryosplat.batches import Batch
 from cryosplat.ctf import ctf_image
-from cryosplat.dataset import Batch
 from cryosplat.gaussians import GaussianMixture
+from cryosplat.spectral import half_spectra, spectral_losses
 
 FULL = 0
 MODEL_NAMES = ("full", "half_a", "half_b")
-
-
-class SpectralLoss(torch.autograd.Function):
-    """Mean squared difference between filtered images and given half-spectra.
-
-    loss_v = 1/D^2 sum_k p_k |f(k) X_v(k) - Y(k)|^2 with X = rfft2(image, ortho), p_k = 2, or 1 where kx is its own
-    mate: by Parseval the mean over pixels. Its gradient is 2/D^2 irfft2(f (f X - Y)): one inverse transform, where
-    autograd's own way through rfft2 takes a full complex one of zero-padded spectra.
-    """
-
-    @staticmethod
-    def forward(ctx, images: Tensor, filters: Tensor | None, spectra: Tensor) -> Tensor:
-        """Losses (views, B) of images (views, B, D, D), filters (B, D, D//2+1), half-spectra (B, D, D//2+1)."""
-        box = images.shape[-1]
-        residual = _half_spectra(images)
-        if filters is not None:
-            residual *= filters
-        residual -= spectra
-        losses = 2 * _power(residual) - _power(residual[..., :1])
-        if box % 2 == 0:
-            losses -= _power(residual[..., -1:])
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(residual if filters is None else residual.mul_(filters))
-            ctx.box = box
-        return losses / box**2
-
-    @staticmethod
-    def backward(ctx, grad_losses: Tensor):
-        (residual,) = ctx.saved_tensors
-        if residual.numel() == 0:
-            return residual.real.new_zeros(*residual.shape[:-1], ctx.box), None, None
-        gradient = torch.fft.irfft2(residual, s=(ctx.box, ctx.box), norm="ortho")
-        return gradient.mul_((2 / ctx.box**2) * grad_losses[..., None, None]), None, None
-
-
-def _half_spectra(images: Tensor) -> Tensor:
-    """Orthonormal ``rfft2`` of images (..., D, D). MKL, unlike others, refuses to transform no image at all."""
-    if images.numel() == 0:
-        return images.new_zeros(*images.shape[:-1], images.shape[-1] // 2 + 1, dtype=images.dtype.to_complex())
-    return torch.fft.rfft2(images, norm="ortho")
-
-
-def _power(spectra: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(torch.view_as_real(spectra), dim=(-3, -2, -1)).square()
 
 
 class Reconstruction(nn.Module):
@@ -96,12 +53,13 @@ class Reconstruction(nn.Module):
         self.ledger = nn.Parameter(torch.zeros(mixture.models))
         self.register_buffer("whitening", None if weights is None else weights.sqrt())
 
-    def forward(self, batch: Batch, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, counts: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         """Objective of this rank and losses of its views.
 
         Args:
             batch: this rank's B particles, possibly none.
-            counts: particles of each model in the whole batch, over all ranks.
+            counts: (M,) particles of each model in the whole batch, over all ranks; a tensor on the device, or numbers,
+                which a GPU would have to be waited for to take over.
 
         Returns:
             A scalar to differentiate, and the losses (views, B) without gradient: row 0 under the
@@ -109,22 +67,17 @@ class Reconstruction(nn.Module):
         """
         losses = self.view_losses(batch)
         per_model = self._sum_by_model(losses, batch.half)
-        share = per_model / torch.tensor([max(c, 1) for c in counts], dtype=per_model.dtype, device=per_model.device)
+        share = per_model / torch.as_tensor(counts, device=per_model.device).clamp(min=1)
         objective = self.ranks * (share.sum() + (self.ledger * share.detach()).sum())
         return objective, losses.detach()
 
     def view_losses(self, batch: Batch) -> Tensor:
         """Loss (views, B) of every particle under the models that show it."""
-        filters, spectra = self._filters(batch), batch.images
-        if self.whitening is not None:
-            whitening = self.whitening[batch.half]
-            filters = whitening if filters is None else filters * whitening
-            spectra = spectra * whitening
-        return SpectralLoss.apply(self.project(batch), filters, spectra)
+        return spectral_losses(self.project(batch), batch, self.whitening, self.pixel_size_a)
 
     def predict(self, batch: Batch) -> Tensor:
         """CTF-modulated half-spectra (views, B, D, D//2+1) of the batch's views."""
-        spectra = _half_spectra(self.project(batch))
+        spectra = half_spectra(self.project(batch))
         filters = self._filters(batch)
         return spectra if filters is None else spectra * filters
 
@@ -132,7 +85,7 @@ class Reconstruction(nn.Module):
         """CTF-modulated half-spectra (B, D, D//2+1) of the batch's particles under one model, whatever their half."""
         shown_by = torch.full_like(batch.half, model)
         images = self.mixture.project(batch.rotations, batch.shifts, shown_by, self.box, self.cutoff)
-        spectra, filters = _half_spectra(images), self._filters(batch)
+        spectra, filters = half_spectra(images), self._filters(batch)
         return spectra if filters is None else spectra * filters
 
     def project(self, batch: Batch) -> Tensor:

@@ -14,6 +14,9 @@ from cryosplat.errors import InputError
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
+    "data.cache",
+    "train.micro_batch",
+    "train.cuda_graph",
     "train.device",
     "train.threads",
     "train.log_every",

@@ -14,8 +14,8 @@ TAPS = 4
 KERNEL_SHAPE = 2.3 * TAPS
 """Best exponent for twofold padding (Barnett, Magland & af Klinteberg 2019, eq. 4.5)."""
 
-SAMPLES_AT_ONCE = 100_000
-"""Fourier samples interpolated together: bounds the working memory to some 150 MB."""
+SAMPLES_AT_ONCE = {"cpu": 100_000, "cuda": 2_000_000}
+"""Fourier samples interpolated together: bounds the working memory to some 150 MB on a CPU, and to 3 GB on a GPU."""
 
 
 def _kernel(distance: torch.Tensor) -> torch.Tensor:
@@ -44,9 +44,11 @@ class FourierSlicer:
 
     Args:
         volume: map, (D, D, D) [z, y, x], origin at voxel D//2.
+        device: where slices are made; the set-up is done on the CPU.
     """
 
-    def __init__(self, volume: np.ndarray):
+    def __init__(self, volume: np.ndarray, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
         self.box = volume.shape[0]
         self._padded = PADDING * self.box
         correction = 1 / _kernel_transform((np.arange(self.box) - self.box // 2) / self._padded)
@@ -58,12 +60,13 @@ class FourierSlicer:
         del padded
         table = _with_margins(spectrum)
         self._row, self._plane = table.shape[2], table.shape[1] * table.shape[2]
-        self._table = torch.view_as_real(table).reshape(-1, 2)
+        self._table = torch.view_as_real(table).reshape(-1, 2).to(device)
         step = torch.arange(TAPS)
-        self._offsets = (step[:, None, None] * self._plane + step[:, None] * self._row + step).reshape(-1)
+        self._offsets = (step[:, None, None] * self._plane + step[:, None] * self._row + step).reshape(-1).to(device)
         ky, kx = np.meshgrid(np.fft.fftfreq(self.box) * self.box, np.fft.rfftfreq(self.box) * self.box, indexing="ij")
-        self._inside = torch.from_numpy(np.flatnonzero(kx**2 + ky**2 <= (self.box / 2) ** 2))
-        self._points = torch.from_numpy(np.stack([kx, ky], -1).reshape(-1, 2)[self._inside.numpy()])
+        inside = np.flatnonzero(kx**2 + ky**2 <= (self.box / 2) ** 2)
+        self._inside = torch.from_numpy(inside).to(device)
+        self._points = torch.from_numpy(np.stack([kx, ky], -1).reshape(-1, 2)[inside]).to(device)
 
     def slices(self, rotations: np.ndarray) -> torch.Tensor:
         """Fourier transforms of projections.
@@ -72,13 +75,14 @@ class FourierSlicer:
             rotations: (B, 3, 3), x_image = R x_volume.
 
         Returns:
-            complex64 (B, D, D//2+1) on the unshifted ``rfft2`` grid, phases about the image's centre,
-            unnormalised: ``fftshift(irfft2(...))`` is the sum of the map along the view. Frequencies
-            beyond Nyquist (the corners of the grid) are zero.
+            complex64 (B, D, D//2+1) on the slicer's device and the unshifted ``rfft2`` grid, phases about the
+            image's centre, unnormalised: ``fftshift(irfft2(...))`` is the sum of the map along the view.
+            Frequencies beyond Nyquist (the corners of the grid) are zero.
         """
-        rotations = torch.from_numpy(np.ascontiguousarray(rotations, dtype=np.float64))
-        result = torch.zeros(len(rotations), self.box * (self.box // 2 + 1), dtype=torch.complex64)
-        at_once = max(1, SAMPLES_AT_ONCE // len(self._points))
+        rotations = torch.from_numpy(np.ascontiguousarray(rotations, dtype=np.float64)).to(self.device)
+        coefficients = self.box * (self.box // 2 + 1)
+        result = torch.zeros(len(rotations), coefficients, dtype=torch.complex64, device=self.device)
+        at_once = max(1, SAMPLES_AT_ONCE[self.device.type] // len(self._points))
         for first in range(0, len(rotations), at_once):
             block = rotations[first : first + at_once]
             # The slice of image frequency (kx, ky) is R^T (kx, ky, 0), as a row (kx, ky) times R's first two rows.
@@ -91,11 +95,11 @@ class FourierSlicer:
         mirrored = points[:, 0] < 0
         points = torch.where(mirrored[:, None], -points, points)
         corner = torch.floor(points) - (TAPS // 2 - 1)
-        distance = (points - corner)[:, :, None].float() - torch.arange(TAPS)
+        distance = (points - corner)[:, :, None].float() - torch.arange(TAPS, device=self.device)
         x, y, z = _kernel(distance.abs()).unbind(1)
         weights = (z[:, :, None, None] * y[:, None, :, None] * x[:, None, None, :]).reshape(-1, TAPS**3)
         margin, middle = TAPS // 2 - 1, self._padded // 2 + TAPS // 2 - 1
-        i, j, k = (corner.long() + torch.tensor([margin, middle, middle])).unbind(1)
+        i, j, k = (corner.long() + torch.tensor([margin, middle, middle], device=self.device)).unbind(1)
         rows = (k * self._plane + j * self._row + i)[:, None] + self._offsets
         # embedding_bag is torch's fused gather and weighted sum, ten times faster than indexing.
         values = torch.nn.functional.embedding_bag(rows, self._table, per_sample_weights=weights, mode="sum")
@@ -142,14 +146,28 @@ def project(
     Returns:
         float32 (B, D, D): CTF times the sum of voxels along the view, without frequencies beyond Nyquist.
     """
-    box = slicer.box
+    return project_on_device(slicer, rotations, shifts, parameters, pixel_size_a).cpu().numpy()
+
+
+def project_on_device(
+    slicer: FourierSlicer,
+    rotations: np.ndarray,
+    shifts: np.ndarray,
+    parameters: np.ndarray | None,
+    pixel_size_a: float,
+) -> torch.Tensor:
+    """The same images as a tensor on the slicer's device."""
+    box, device = slicer.box, slicer.device
     spectra = slicer.slices(rotations)
     ky = torch.fft.fftfreq(box, 1 / box, dtype=torch.float64)
     kx = torch.fft.rfftfreq(box, 1 / box, dtype=torch.float64)
     # A move by -t multiplies the transform by exp(+2 pi i k t).
     x, y = torch.from_numpy(np.ascontiguousarray(shifts, dtype=np.float64)).unbind(1)
-    along_x, along_y = (torch.exp(2j * torch.pi * k * t[:, None]).to(torch.complex64) for k, t in ((kx, x), (ky, y)))
+    along_x, along_y = (
+        torch.exp(2j * torch.pi * k * t[:, None]).to(device, torch.complex64) for k, t in ((kx, x), (ky, y))
+    )
     spectra *= along_y[:, :, None] * along_x[:, None, :]
     if parameters is not None:
-        spectra *= ctf_image(torch.from_numpy(np.ascontiguousarray(parameters)), box, pixel_size_a).float()
-    return torch.fft.fftshift(torch.fft.irfft2(spectra, s=(box, box)), dim=(1, 2)).numpy()
+        parameters = torch.from_numpy(np.ascontiguousarray(parameters)).to(device)
+        spectra *= ctf_image(parameters, box, pixel_size_a).float()
+    return torch.fft.fftshift(torch.fft.irfft2(spectra, s=(box, box)), dim=(1, 2))

@@ -17,13 +17,14 @@ from cryosplat.backprojection import LinearHalf, back_project, linear_half
 from cryosplat.config import Config, check_files, load_config, save_config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.ending import ending
-from cryosplat.errors import is_first_rank, said_by_the_first
+from cryosplat.errors import InputError, is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.holdout import HoldOut
 from cryosplat.linearmaps import linear_maps, require_sign, require_signal
+from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
 from cryosplat.metrics import read_metrics, read_volume_fit
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.outputs import write_run_outputs
@@ -61,7 +62,10 @@ def train(config: Config) -> dict[str, Any]:
         if run.summary is not None:
             logger.info("%s: the run is complete; nothing to do", run.folder)
             return run.summary
-        return Run(config, world, run).train()
+        try:
+            return Run(config, world, run).train()
+        except torch.cuda.OutOfMemoryError as error:
+            raise InputError(f"rank {world.rank}: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error
 
 
 class Run:
@@ -75,20 +79,24 @@ class Run:
         self.fit_gains: dict[str, list[float]] = {}
         table = distributed.together(self._read_table, world)
         plan = BatchPlan(table.half, config.train.batch, config.train.seed, table.held_out)
+        free = free_bytes(world)
+        grids = 2 if config.maps.halves else int(config.volume.steps > 0)
+        self.memory = distributed.together(lambda: plan_memory(config, table, plan, world, free, grids), world)
         dataset = distributed.together(lambda: self._read_images(table, plan), world)
         weights = self._share_statistics(dataset)
         self.comparison = distributed.together(
             lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
         )
+        settings = replace(config.train, micro_batch=self.memory.micro_batch)
         if config.volume.steps:
             distributed.together(lambda: self._make_null(dataset), world)
             halves = self._back_project(dataset, plan)
             mixture = self._mixture(dataset, halves)
-            self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), config.train)
+            self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), settings)
             self._resume()
         else:
             mixture = self._mixture(dataset, None)
-            self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), config.train)
+            self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), settings)
             self._resume() or self.trainer.set_scale(config.data.check_sign)
             # After the grey scale was set: the null's mixtures then move as those of the real images do.
             distributed.together(lambda: self._make_null(dataset), world)
@@ -130,7 +138,8 @@ class Run:
             logger.info(
                 "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
             )
-        dataset = ParticleDataset(table, owned, data.box, data.invert, data.precision)
+        where = {"device": world.device, "cache": self.memory.cache}
+        dataset = ParticleDataset(table, owned, data.box, data.invert, data.precision, **where)
         logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
         return dataset
 
@@ -290,7 +299,7 @@ class Run:
             return None
         trainer = self.trainer
         evaluation = evaluate(trainer.reconstruction, self.comparison, self.linear)
-        example = trainer.dataset.batch(trainer.dataset.owned[:1], self.world.device)
+        example = trainer.dataset.batch(trainer.dataset.owned[:1])
         resolutions = {
             name: found.angstrom
             for name, found in (

@@ -1,6 +1,7 @@
 """The order of events in training, and nothing else."""
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import time
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 
 from cryosplat import distributed
+from cryosplat.batches import Batch, Chosen, to_device
 from cryosplat.config import TrainConfig
-from cryosplat.dataset import Batch, ParticleDataset
+from cryosplat.dataset import ParticleDataset
 from cryosplat.errors import InputError
+from cryosplat.memory import OUT_OF_MEMORY
 from cryosplat.optimiser import GatedAdam, learning_rate
 from cryosplat.particles import ParticleTable
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.sampling import BatchPlan
+from cryosplat.stepgraph import StepGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,14 @@ class Report:
 
 
 @dataclass
+class Counts:
+    """Particles of each model in a batch, over all ranks: numbers, and (M,) int64 on the device."""
+
+    numbers: list[int]
+    on_device: Tensor
+
+
+@dataclass
 class Trainer:
     """Trains the mixtures of a reconstruction on a rank's particles.
 
@@ -81,6 +93,10 @@ class Trainer:
         # Losses since the last look, on the device; the host reads them only then.
         self._recent: collections.deque[tuple[int, np.ndarray, Tensor]] = collections.deque()
         self._totals = torch.zeros(mixture.models, device=self.world.device)
+        self._micro_batch = self.config.micro_batch or self.config.batch
+        # Other ranks wait in the last micro-batch, so GPU memory must not run out in it: it is an empty one.
+        self._shares_apart = self.world.size > 1 and self.world.device.type == "cuda"
+        self._graphs: StepGraphs | None = None
 
     @property
     def total_steps(self) -> int:
@@ -125,8 +141,7 @@ class Trainer:
         chosen = np.sort(np.concatenate([rng.permutation(ids)[: SIGN_PARTICLES // 2] for ids in halves]))
         mine = chosen[self.mine[chosen]]
         sums = torch.zeros(3, self.reconstruction.mixture.models, dtype=torch.float64)
-        for start in range(0, len(mine), SIGN_BATCH):
-            batch = self._batch(mine[start : start + SIGN_BATCH])
+        for batch in self.dataset.batches(np.split(mine, range(SIGN_BATCH, len(mine), SIGN_BATCH))):
             terms = torch.stack(self.reconstruction.fit_unit(batch)).double().cpu()
             if not bool(torch.isfinite(terms).all()):
                 with torch.no_grad():
@@ -158,6 +173,7 @@ class Trainer:
                 parameter.copy_(saved)
             mixture.unit.copy_(state["unit"])
         self.optimiser.load_state_dict(state["optimiser"])
+        self._graphs = None  # they know the moments by their addresses
         self.progress = Progress(**state["progress"])
 
     def run_epoch(self, on_report) -> None:
@@ -168,9 +184,11 @@ class Trainer:
         """
         batches = self.plan.epoch(self.progress.epoch)
         began, images = time.perf_counter(), 0
-        for ids in batches[self.progress.step_in_epoch :]:
+        left = batches[self.progress.step_in_epoch :]
+        chosen = self.dataset.choose([ids[self.mine[ids]] for ids in left])
+        for ids, mine, counts in zip(left, chosen, self._counts(left), strict=True):
             rate = learning_rate(self.config, self.progress.step / self.total_steps, self.progress.epoch)
-            self._step(ids, rate)
+            self._step(mine, counts, rate)
             images += len(ids)
             self.progress.step += 1
             self.progress.step_in_epoch += 1
@@ -183,20 +201,84 @@ class Trainer:
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
 
-    def _step(self, ids: np.ndarray, rate: float) -> None:
-        """One batch: forward, backward (with DDP's all-reduce), update."""
-        batch = self._batch(ids[self.mine[ids]])
-        counts = self._counts(ids)
-        self.optimiser.zero_grad()
-        self.reconstruction.ledger.grad = None
-        objective, losses = self.wrapped(batch, counts)
-        objective.backward()
+    def _step(self, mine: Chosen, counts: Counts, rate: float) -> None:
+        """One batch: forward, backward (with DDP's all-reduce), update. Waits for nothing on the device."""
+        self.optimiser.set_rate(rate)
+        if self._is_recordable(mine, counts):
+            # Whose address the graph keeps: it is made again when the state is loaded.
+            self._graphs = self._graphs or StepGraphs(self._recorded_step)
+            losses = self._graphs.run(mine.at, counts.on_device)
+        else:
+            losses = self._compute(mine, counts)
+        self._recent.append((self.progress.step, mine.ids, losses))
+
+    def _compute(self, mine: Chosen, counts: Counts) -> Tensor:
+        """What a step does on the device; losses (views, B) of this rank's particles."""
+        losses = self._differentiate(self.dataset.select(mine), counts.on_device)
         # After DDP's average the ledger's gradient is each model's loss over all ranks, see Reconstruction.
         ledger = self.reconstruction.ledger.grad
-        self.optimiser.step(rate, ledger, counts)
+        self.optimiser.step(ledger, counts.numbers)
         self.reconstruction.mixture.stay_in_bounds()
         self._totals += ledger
-        self._recent.append((self.progress.step, batch.ids, losses))
+        return losses
+
+    def _is_recordable(self, mine: Chosen, counts: Counts) -> bool:
+        """Whether a step is like others of its size in all that a graph of it would hold."""
+        alone_on_a_gpu = self.world.device.type == "cuda" and self.world.size == 1
+        whole = len(mine.ids) <= self._micro_batch and mine.stored is None
+        return self.config.cuda_graph == "auto" and alone_on_a_gpu and whole and min(counts.numbers) > 0
+
+    def _recorded_step(self, at: Tensor, counts: Tensor) -> Tensor:
+        """``_compute`` of particles that only the device knows. Of their numbers, none of which is 0, it needs none."""
+        every = [1] * self.reconstruction.mixture.models
+        return self._compute(Chosen(np.empty(0, np.int64), at), Counts(every, counts))
+
+    def _differentiate(self, batch: Batch, counts: Tensor) -> Tensor:
+        """Gradients of the batch's objective, and its losses; in micro-batches of half the size if memory runs out.
+
+        Raises:
+            InputError: it runs out with one image at a time.
+        """
+        began_with = self._micro_batch
+        while (losses := self._try_to_differentiate(batch, counts)) is None:
+            # Here and not where the error was caught, which held on to all that the step had allocated.
+            self._micro_batch = (min(self._micro_batch, len(batch)) + 1) // 2
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self._micro_batch < began_with:
+            logger.warning(
+                "rank %d: out of GPU memory with %d images at a time. From now on %d, and gradients are added up: the "
+                "batch stays what it is. train.micro_batch=%d begins there",
+                *(self.world.rank, min(began_with, len(batch)), self._micro_batch, self._micro_batch),
+            )
+        return losses
+
+    def _try_to_differentiate(self, batch: Batch, counts: Tensor) -> Tensor | None:
+        """None if memory ran out."""
+        try:
+            return self._accumulate(batch, counts)
+        except torch.cuda.OutOfMemoryError as error:
+            if self.world.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise  # the graph is not recorded, and the step run as it comes
+            if min(self._micro_batch, len(batch)) <= 1:
+                raise InputError(f"rank {self.world.rank}: with one image at a time, {OUT_OF_MEMORY}") from error
+            return None
+
+    def _accumulate(self, batch: Batch, counts: Tensor) -> Tensor:
+        """Gradients added up over micro-batches, and shared between ranks with the last."""
+        self.optimiser.zero_grad()
+        self.reconstruction.ledger.grad = None
+        size, losses = self._micro_batch, []
+        parts = [batch.part(slice(at, at + size)) for at in range(0, len(batch), size)] or [batch]
+        if self._shares_apart:
+            parts.append(batch.part(slice(0, 0)))
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else distributed.apart(self.wrapped, self.world):
+                objective, of_part = self.wrapped(part, counts)
+                objective.backward()
+            losses.append(of_part)
+        return torch.cat(losses, dim=1) if len(losses) > 1 else losses[0]
 
     def _look(self) -> dict[str, float]:
         """Read the device: mean losses since the last look, or the end of the run if something was not finite."""
@@ -228,9 +310,10 @@ class Trainer:
             self.world,
         )
 
-    def _counts(self, ids: np.ndarray) -> list[int]:
-        in_b = int(self.plan.half[ids].sum())
-        return [len(ids), len(ids) - in_b, in_b][: self.reconstruction.mixture.models]
-
-    def _batch(self, ids: np.ndarray) -> Batch:
-        return self.dataset.batch(ids, self.world.device)
+    def _counts(self, batches: list[np.ndarray]) -> list[Counts]:
+        """Of all batches of an epoch, which go to the device in one copy."""
+        in_b = np.array([self.plan.half[ids].sum() for ids in batches], dtype=np.int64)
+        whole = np.array([len(ids) for ids in batches], dtype=np.int64)
+        numbers = np.stack([whole, whole - in_b, in_b], axis=1)[:, : self.reconstruction.mixture.models]
+        on_device = to_device(np.ascontiguousarray(numbers), self.world.device)
+        return [Counts(*of_batch) for of_batch in zip(numbers.tolist(), on_device, strict=True)]

@@ -233,18 +233,23 @@ struct SolidGradient {
 //   dL/dS_zz gets A/2 (<dz^2>/S_zz^2 - <1>/S_zz) - slope . dslope / S_zz + slope^T H slope
 //   dL/dS_xy,z gets dslope / S_zz - 2 H slope,   dslope = A P <d dz>
 template <class T>
-CRYOSPLAT_HOST_DEVICE SolidGradient<T> solid_gradient(const Moments3<T>& m, const Conditional<T>& k, T amplitude) {
-  const PlanarGradient<T> g = planar_gradient(m.planar, k.p, amplitude);
+CRYOSPLAT_HOST_DEVICE SolidGradient<T> solid_gradient(const PlanarGradient<T>& g, const Vector2<T>& dslope,
+                                                      const Moments3<T>& m, const Conditional<T>& k, T amplitude) {
   const auto& h = g.covariance;
   const T iv = k.inverse_variance;
-  const Vector2<T> dslope{amplitude * (k.p.xx * m.planar_z.x + k.p.xy * m.planar_z.y),
-                          amplitude * (k.p.xy * m.planar_z.x + k.p.yy * m.planar_z.y)};
   const Vector2<T> h_slope{h.xx * k.slope.x + h.xy * k.slope.y, h.xy * k.slope.x + h.yy * k.slope.y};
   const T zz = amplitude * 0.5f * iv * (m.zz * iv - m.planar.one) -
                (k.slope.x * dslope.x + k.slope.y * dslope.y) * iv + k.slope.x * h_slope.x + k.slope.y * h_slope.y;
   return {g.amplitude,
           {g.mean.x, g.mean.y, amplitude * m.z * iv - k.slope.x * g.mean.x - k.slope.y * g.mean.y},
           {h.xx, h.xy * 2.0f, dslope.x * iv - h_slope.x * 2.0f, h.yy, dslope.y * iv - h_slope.y * 2.0f, zz}};
+}
+
+template <class T>
+CRYOSPLAT_HOST_DEVICE SolidGradient<T> solid_gradient(const Moments3<T>& m, const Conditional<T>& k, T amplitude) {
+  const Vector2<T> dslope{amplitude * (k.p.xx * m.planar_z.x + k.p.xy * m.planar_z.y),
+                          amplitude * (k.p.xy * m.planar_z.x + k.p.yy * m.planar_z.y)};
+  return solid_gradient(planar_gradient(m.planar, k.p, amplitude), dslope, m, k, amplitude);
 }
 
 }  // namespace CRYOSPLAT_ISA

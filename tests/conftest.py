@@ -11,6 +11,18 @@ from backends import BACKENDS, backend_named
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; set on all that is skipped for want of one")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """So that ``-m gpu`` selects what the reasons of ``skipif`` say, before pytest makes its choice."""
+    for item in items:
+        if any("GPU" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")):
+            item.add_marker("gpu")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The developers' shared folder beside the checkout; absent in a user's clone."""
@@ -32,6 +44,7 @@ def _reset_loggers() -> None:
     package = logging.getLogger("cryosplat")
     package.handlers, package.propagate = [], True
     package.setLevel(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)  # cryodrgn, imported unguarded, leaves it at INFO
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "cryosplat" and isinstance(logger, logging.Logger):
             logger.disabled = False

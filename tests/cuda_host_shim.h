@@ -55,6 +55,8 @@ inline void sincospif(float x, float* sine, float* cosine) {
   *cosine = float(std::cos(M_PI * double(x)));
 }
 
+inline float sinpif(float x) { return float(std::sin(M_PI * double(x))); }
+
 inline void sincospi(double x, double* sine, double* cosine) {
   *sine = std::sin(M_PI * x);
   *cosine = std::cos(M_PI * x);

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import training_set
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from cryosplat import distributed, train
 from cryosplat.optimiser import GatedAdam
@@ -80,16 +81,16 @@ def recorded(folder: Path, argument: int, words: list[str]) -> int:
     record = {"ids": [], "gradients": [], "losses": [], "theta": []}
     step, update = Trainer._step, GatedAdam.step
 
-    def watched_step(self, ids, rate):
-        record["ids"].append(torch.from_numpy(ids[self.mine[ids]]))
+    def watched_step(self, mine, counts, rate):
+        record["ids"].append(torch.from_numpy(mine.ids))
         record["theta"].append(self.reconstruction.mixture.theta.detach().clone())
-        step(self, ids, rate)
+        step(self, mine, counts, rate)
 
-    def watched_update(self, rate, losses, counts):
+    def watched_update(self, losses, counts):
         if len(record["gradients"]) < 3:
             record["gradients"].append(torch.stack([mixture.grad.clone() for mixture in self._mixtures]))
         record["losses"].append(losses.clone())
-        update(self, rate, losses, counts)
+        update(self, losses, counts)
 
     Trainer._step, GatedAdam.step = watched_step, watched_update
     try:
@@ -97,6 +98,31 @@ def recorded(folder: Path, argument: int, words: list[str]) -> int:
     finally:
         Trainer._step, GatedAdam.step = step, update
         torch.save(record, folder / f"record{os.environ.get('RANK', '0')}.pt")
+
+
+def counted(folder: Path, argument: int, words: list[str]) -> int:
+    """Train; ``argument`` 1: as on GPUs, where gradients are shared apart. Saves how often they were shared."""
+    wrap, shared = distributed.wrap, []
+
+    def counting(_, bucket):
+        shared.append(bucket.is_last())
+        return allreduce_hook(None, bucket)
+
+    def watched_wrap(module, world):
+        made = wrap(module, world)
+        made.register_comm_hook(None, counting)
+        return made
+
+    prepare = Trainer.__post_init__
+
+    def prepared(self):
+        prepare(self)
+        self._shares_apart = argument == 1
+
+    distributed.wrap, Trainer.__post_init__ = watched_wrap, prepared
+    code = train.main(words)
+    (folder / f"shared{os.environ['RANK']}.txt").write_text(str(sum(shared)))
+    return code
 
 
 def poisoned(folder: Path, argument: int, words: list[str]) -> int:
@@ -107,12 +133,11 @@ def poisoned(folder: Path, argument: int, words: list[str]) -> int:
     step, run_epoch, wrap, destroy = Trainer._step, Trainer.run_epoch, distributed.wrap, dist.destroy_process_group
     wrapped = []
 
-    def poisoned_step(self, ids, rate):
-        mine = ids[self.mine[ids]]
+    def poisoned_step(self, mine, counts, rate):
         if self.progress.step == argument and self.world.rank == self.world.size - 1:
-            self.dataset._spectra[self.dataset._row[mine[0]]] = torch.nan
-            (folder / "particle.txt").write_text(self.table.location(int(mine[0])))
-        step(self, ids, rate)
+            self.dataset._spectra[self.dataset._row[mine.ids[0]]] = torch.nan
+            (folder / "particle.txt").write_text(self.table.location(int(mine.ids[0])))
+        step(self, mine, counts, rate)
 
     def watched_epoch(self, on_report):
         try:
@@ -138,10 +163,10 @@ def killed(folder: Path, argument: int, words: list[str]) -> int:
     """Train, and die without a word before step ``argument``."""
     step = Trainer._step
 
-    def last_step(self, ids, rate):
+    def last_step(self, mine, counts, rate):
         if self.progress.step == argument:
             os.kill(os.getpid(), signal.SIGKILL)
-        step(self, ids, rate)
+        step(self, mine, counts, rate)
 
     Trainer._step = last_step
     return train.main(words)
@@ -160,7 +185,7 @@ def plain(folder: Path, argument: int, words: list[str]) -> int:
     return train.main(words)
 
 
-PROGRAMS = {program.__name__: program for program in (recorded, poisoned, killed, plain)}
+PROGRAMS = {program.__name__: program for program in (recorded, counted, poisoned, killed, plain)}
 
 
 # The launcher

@@ -1,10 +1,13 @@
 """Images in memory: grey levels do not matter, halves share nothing, cropping is resampling, whitening flattens."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from stacks import load, make_ctf, make_poses, write_dataset, write_pickle, write_stack
 
+from cryosplat.batches import Courier
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.dataset import ParticleDataset, corner_mask, fourier_crop, noise_weights
 from cryosplat.errors import InputError
@@ -233,3 +236,39 @@ def test_reading_in_pieces_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("cryosplat.dataset.IMAGES_PER_READ", 7)
     found = dataset_of(table, progress=done.append).batch(np.arange(COUNT)).images
     assert torch.equal(found, expected) and done == [7, 14, 21, 28, 35, 40]
+
+
+# Where images are held
+
+
+def test_images_that_the_host_holds_make_the_same_batches_sent_one_ahead(tmp_path, monkeypatch):
+    table = stack_of(tmp_path, some_images())
+    device, host = (dataset_of(table, cache=cache) for cache in ("device", "host"))
+    sent, send = [], Courier.send
+    monkeypatch.setattr(Courier, "send", lambda self, rows: sent.append(len(rows)) or send(self, rows))
+    order = [np.array([7, 2, 31]), np.array([], dtype=np.int64), np.arange(5), np.array([39])]
+    ahead = [2, 3, 4, 4]
+    for ours, theirs, begun in zip(host.batches(order), device.batches(order), ahead, strict=True):
+        assert len(sent) == begun
+        assert len(ours.stored) == len(ours) and len(theirs.stored) == COUNT
+        assert torch.equal(ours.images, theirs.images)
+        for name in ("gain", "rotations", "shifts", "ctf", "half"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        assert ours.ids.tolist() == theirs.ids.tolist()
+    assert sent == [3, 0, 5, 1] and list(host.batches([])) == []
+
+
+def test_a_part_of_a_batch_has_its_particles(tmp_path):
+    ids = np.array([7, 2, 31, 0])
+    whole = dataset_of(stack_of(tmp_path, some_images())).batch(ids)
+    part = whole.part(slice(1, 3))
+    assert len(part) == 2 and part.ids.tolist() == [2, 31] and torch.equal(part.images, whole.images[1:3])
+    for name in ("rotations", "shifts", "ctf", "half"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[1:3])
+    assert dataclasses.replace(whole, ctf=None).part(slice(0, 0)).images.shape == (0, BOX, BOX // 2 + 1)
+
+
+def test_a_particle_of_another_rank_is_never_in_a_batch(tmp_path):
+    dataset = dataset_of(stack_of(tmp_path, some_images()), owned=np.arange(10), normalise=False)
+    with pytest.raises(AssertionError, match="a particle of another rank"):
+        dataset.batch(np.array([3, 10]))

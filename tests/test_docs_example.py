@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from reader import ROOT, table
+from views import holding
 
+from cryosplat.batches import Batch
 from cryosplat.conventions import euler_to_rotation, rescaled_pixel_size, shell_to_angstrom
 from cryosplat.ctf import RELATIVISTIC_PER_VOLT, WAVELENGTH_NUMERATOR_A, ctf_image
-from cryosplat.dataset import Batch
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.ops import covariances, splat
 from cryosplat.reconstruction import Reconstruction
@@ -28,7 +29,7 @@ def example() -> dict[str, list[float]]:
     cropped = mixture.project(rotation, shift * 16, model, 16, cutoff=8.0)[0]
     volume = mixture.voxelise(box)[0]
     nothing = torch.zeros(1, box, box // 2 + 1, dtype=torch.complex128)
-    batch = Batch(nothing, rotation, shift * box, None, model, np.zeros(1, int))
+    batch = Batch(*holding(nothing), rotation, shift * box, None, model, np.zeros(1, int))
     reconstruction = Reconstruction(mixture, box, pixel_size_a, cutoff=8.0).double()
     return {
         "covariance xx, yy, zz (A^2)": [float(covariance[entry]) for entry in (0, 3, 5)],

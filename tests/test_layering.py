@@ -22,12 +22,13 @@ LAYERS = (
         "devices",
         "fingerprints",
         "quadratic",
+        "batches",
     ),
     ("cudaops", "placement"),
     # Single files and single operations.
-    ("ending", "files", "unpickle", "images", "atoms", "ops", "symmetry", "nulls"),
+    ("ending", "files", "unpickle", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
-    ("distributed", "optimiser", "halves", "runs", "fsc"),
+    ("distributed", "optimiser", "stepgraph", "halves", "runs", "fsc"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
     ("figures", "fscsuite", "sectors"),
     ("fscfigures",),
@@ -37,6 +38,7 @@ LAYERS = (
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
+    ("memory",),
     ("evaluation", "trainer", "holdout"),
     # What people call.
     ("train", "validation", "backprojectcommand", "doctor"),

@@ -24,7 +24,8 @@ def step(optimiser, mixtures, gradient=1.0, loss=1.0, counts=(2, 1, 1), where=0)
     mixtures[where].grad[1, 5] = gradient
     losses = torch.ones(len(mixtures))
     losses[where] = loss
-    optimiser.step(0.1, losses, counts)
+    optimiser.set_rate(0.1)
+    optimiser.step(losses, counts)
 
 
 def copies(mixtures):
@@ -75,7 +76,7 @@ def test_updates_are_those_of_adam_for_gradients_of_any_size():
     optimiser = GatedAdam(mixtures, 0.1)
     before = copies(mixtures)[0]
     mixtures[0].grad = torch.logspace(-10, 10, 44).reshape(4, 11)
-    optimiser.step(0.1, torch.ones(1), (1,))
+    optimiser.step(torch.ones(1), (1,))
     torch.testing.assert_close(before - mixtures[0].detach(), torch.full((4, 11), 0.1), rtol=1e-3, atol=0)
 
 

@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from views import holding
 
 from cryosplat import reference
-from cryosplat.dataset import Batch
+from cryosplat.batches import Batch
 from cryosplat.gaussians import MEAN, GaussianMixture
-from cryosplat.reconstruction import Reconstruction, SpectralLoss
+from cryosplat.reconstruction import Reconstruction
+from cryosplat.spectral import spectral_losses
 
 PIXEL_SIZE_A, CUTOFF = 2.2, 8.0
 """A cut-off so wide that it makes no difference."""
@@ -41,7 +43,7 @@ def make_batch(count=5, box=16, ctf=True, seed=1):
     fixed = np.tile([0.4, 300, 2.7, 0.1, 0.2], (count, 1))
     rotations = Rotation.random(count, random_state=seed).as_matrix() if count else np.zeros((0, 3, 3))
     return Batch(
-        images=torch.fft.rfft2(torch.from_numpy(images).float(), norm="ortho"),
+        *holding(torch.fft.rfft2(torch.from_numpy(images).float(), norm="ortho")),
         rotations=torch.from_numpy(rotations.reshape(count, 3, 3)).float(),
         shifts=torch.from_numpy(rng.uniform(-2, 2, (count, 2))).float(),
         ctf=torch.from_numpy(np.hstack([defocus, defocus - 500 * (box % 2), fixed])).float() if ctf else None,
@@ -52,9 +54,9 @@ def make_batch(count=5, box=16, ctf=True, seed=1):
 
 def part(batch, places):
     """Some particles of a batch, as a rank would have them."""
-    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "ids"}
-    chosen = {name: None if value is None else value[places] for name, value in tensors.items()}
-    return Batch(**chosen, ids=batch.ids[places])
+    kept = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    chosen = {name: value[places] for name, value in kept.items() if name != "stored" and value is not None}
+    return Batch(**kept | chosen)
 
 
 def real(spectra, box):
@@ -141,23 +143,25 @@ def test_weights_weigh_the_squared_difference_at_every_frequency_by_the_half_of_
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("whitened", [True, False])
 @pytest.mark.parametrize("box", [7, 8])
-def test_the_gradient_of_the_loss_is_its_derivative(box):
+def test_the_gradient_of_the_loss_is_its_derivative(box, whitened):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, box, box, dtype=torch.float64, generator=generator).requires_grad_()
-    filters = torch.rand(3, box, box // 2 + 1, dtype=torch.float64, generator=generator)
-    spectra = torch.fft.rfft2(torch.randn(3, box, box, dtype=torch.float64, generator=generator), norm="ortho")
-    for given in (filters, None):
-        # A filter of real images is as good at -k as at k.
-        filtered = given if given is None else torch.fft.rfft2(torch.fft.irfft2(given + 0j, s=(box, box))).real
-        assert torch.autograd.gradcheck(lambda x, f=filtered: SpectralLoss.apply(x, f, spectra), images)
+    weights = torch.rand(2, box, box // 2 + 1, dtype=torch.float64, generator=generator)
+    # A filter of real images is as good at -k as at k.
+    weights = torch.fft.rfft2(torch.fft.irfft2(weights + 0j, s=(box, box))).real if whitened else None
+    batch = make_batch(count=3, box=box, ctf=False)
+    observed = torch.fft.rfft2(torch.randn(3, box, box, dtype=torch.float64, generator=generator), norm="ortho")
+    batch = Batch(*holding(observed), batch.rotations, batch.shifts, None, batch.half, batch.ids)
+    assert torch.autograd.gradcheck(lambda x: spectral_losses(x, batch, weights, PIXEL_SIZE_A), images)
 
 
 def test_the_gradient_of_the_whole_objective_is_its_derivative():
     """In float64, through the compiled kernel: positions, scales, quaternions, amplitudes of all three models."""
     box, batch = 7, make_batch(count=3, box=7)
     as_doubles = {name: getattr(batch, name).double() for name in ("rotations", "shifts", "ctf")}
-    batch = dataclasses.replace(batch, images=batch.images.to(torch.complex128), **as_doubles)
+    batch = Batch(*holding(batch.images.to(torch.complex128)), **as_doubles, half=batch.half, ids=batch.ids)
     mixture = make_mixture(3, gaussians=2)
     reconstruction = Reconstruction(mixture, box, PIXEL_SIZE_A, cutoff=CUTOFF).double()
     counts = (3, 2, 1)
@@ -212,8 +216,8 @@ def test_the_mean_over_ranks_is_the_gradient_of_each_models_mean_loss(deal):
 
 def test_models_share_no_gradient():
     batch, mixture = make_batch(), make_mixture(3)
-    changed = dataclasses.replace(batch, images=batch.images.clone())
-    changed.images[batch.half == 1] *= 3
+    changed = dataclasses.replace(batch, stored=batch.stored.clone())
+    changed.stored[batch.half == 1] *= 3
     reconstruction = Reconstruction(mixture, 16, PIXEL_SIZE_A)
     before, after = (gradients(reconstruction, each, (5, 3, 2))[0] for each in (batch, changed))
     assert torch.equal(before[1], after[1])

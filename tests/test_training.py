@@ -74,6 +74,8 @@ def jobs(stack, noisy_half_b, small_disks, tmp_path_factory):
         "one": job("one", "recorded", 1),
         "three": job("three", "recorded", 3),
         "four": job("four", "recorded", 4),
+        "micro": job("micro", "counted", 2, "train.micro_batch=3"),
+        "micro apart": job("micro apart", "counted", 3, "train.micro_batch=3", argument=1),
         "noise": job("noise", "plain", 2, UNCHECKED, stack=noisy_half_b),
         "poisoned one": job("poisoned one", "poisoned", 1, argument=POISONED_STEP),
         "poisoned three": job("poisoned three", "poisoned", 3, argument=POISONED_STEP),
@@ -156,6 +158,14 @@ def test_the_ranks_together_see_the_batches_of_the_plan(stack, jobs, torchrun, c
         for step, ids in enumerate(plan.epoch(epoch), start=epoch * STEPS_AN_EPOCH):
             seen = torch.cat([of_rank["ids"][step] for of_rank in found])
             assert sorted(seen.tolist()) == sorted(ids.tolist())
+
+
+@pytest.mark.parametrize("name, count", [("micro", 2), ("micro apart", 3)])
+def test_micro_batches_of_ranks_are_shared_once_a_step_and_end_as_one_process_does(jobs, name, count):
+    assert jobs[1][name].codes == [0] * count, jobs[1][name].texts
+    for rank in range(count):
+        assert int((jobs[0] / name / f"shared{rank}.txt").read_text()) == STEPS
+    assert relative(mixtures(jobs[0] / name / "run"), mixtures(jobs[0] / "one" / "run")) < 1e-4
 
 
 def test_ranks_without_any_particle_change_nothing(stack, jobs, tmp_path):

@@ -1,13 +1,15 @@
 """Images of a map by exact sums, with poses, CTF and noise, in place of a ParticleDataset that would read them."""
 
+from collections.abc import Iterator
+
 import finufft
 import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
+from cryosplat.batches import Batch
 from cryosplat.ctf import ctf_image
-from cryosplat.dataset import Batch
 from cryosplat.distributed import World
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"), "none", "single", 1)
@@ -41,9 +43,11 @@ class Views:
             self.images += torch.from_numpy(np.fft.rfft2(white, norm="ortho"))
         self.images = self.images.to(torch.complex64)
 
-    def batch(self, ids: np.ndarray, device="cpu") -> Batch:
-        ctf = None if self.ctf is None else self.ctf[ids]
-        return Batch(self.images[ids], self.rotations[ids], self.shifts[ids], ctf, self.half[ids], ids)
+    def batches(self, order: list[np.ndarray]) -> Iterator[Batch]:
+        for ids in order:
+            ctf = None if self.ctf is None else self.ctf[ids]
+            poses = self.rotations[ids], self.shifts[ids]
+            yield Batch(*holding(self.images[ids]), *poses, ctf, self.half[ids], ids)
 
     def sums(self, symmetry: np.ndarray | None = None, halves: bool = True, world: World = WORLD, ids=None):
         ids = np.arange(len(self.images)) if ids is None else ids
@@ -55,6 +59,11 @@ class Views:
     def map(self) -> LinearHalf:
         """Of all views together."""
         return linear_half(self.sums(halves=False)[0], self.box)
+
+
+def holding(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``stored``, ``rows`` and ``gain`` of a batch with these half-spectra (B, D, D//2+1)."""
+    return torch.view_as_real(images), torch.arange(len(images)), torch.ones(len(images), dtype=images.real.dtype)
 
 
 def spectra(truth: np.ndarray, rotations: np.ndarray, shifts: np.ndarray) -> np.ndarray:

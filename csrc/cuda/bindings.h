@@ -5,9 +5,11 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../addresses.h"
 #include "../insert.h"
+#include "../residual.h"
 
 namespace cryosplat {
 namespace cuda {
@@ -15,6 +17,32 @@ namespace cuda {
 // What CUDA has against a launch becomes a RuntimeError.
 inline void require(const char* what, const char* message) {
   if (message) throw std::runtime_error(std::string(what) + " did not start on the GPU: " + message);
+}
+
+// In single precision alone: images are stored in it or in half of it.
+inline void bind_residual(pybind11::module_& module) {
+  using std::int64_t;
+  module.def("residual_bytes", [](int64_t models, int64_t particles, int64_t box) {
+    return residual_bytes({models, particles, box});
+  });
+  module.def(
+      "residual",
+      [](int64_t models, int64_t particles, int64_t box, Address images, bool is_half, Address rows, Address gain,
+         Address ctf, Address half, Address whitening, double numerator, double relativistic, double pixel_size,
+         Address spectra, Address losses, Address workspace, int device, Address stream) {
+        const auto start = [&](auto number) {
+          typedef decltype(number) Number;
+          return residual<Number>(
+              {models, particles, box},
+              {pointer<const Number>(images), pointer<const int64_t>(rows), pointer<const float>(gain),
+               pointer<const float>(ctf), pointer<const int64_t>(half), pointer<const float>(whitening),
+               {numerator, relativistic, pixel_size}},
+              pointer<float>(spectra), pointer<float>(losses), pointer<void>(workspace),
+              {device, pointer<void>(stream)});
+        };
+        require("the spectral residual", is_half ? start(Half()) : start(float()));
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
 template <class Scalar>
@@ -113,6 +141,7 @@ void bind(pybind11::module_&& module) {
                                              pointer<Scalar>(grad_scales), {device, pointer<void>(stream)}));
       },
       NoGil());
+  if constexpr (std::is_same_v<Scalar, float>) bind_residual(module);
 }
 
 }  // namespace cuda

@@ -5,8 +5,8 @@
 // into tiles of 8 x 8, a warp each. Which Gaussians reach a region is a row of bits, a bit a Gaussian, which the
 // kernels that prepare footprints write by ballots: no sorting, no counting, a size that is known beforehand, and an
 // order that is kept. The block takes up to `chunk` set bits at a time, stages their footprints in shared memory, and
-// each warp picks those of its tile. Four groups of 8 lanes, a lane a column, then take a Gaussian each, with the
-// tile's rows in registers; the groups' sums are added at the end.
+// each warp picks those of its tile. Sets of 4 or 8 lanes then take a Gaussian each, with the tile's pixels in
+// registers; the sets' sums are added at the end.
 #pragma once
 
 #include "footprint.h"
@@ -17,7 +17,15 @@ namespace cuda {
 namespace {
 
 constexpr int tile_side = 8, region_side = 32;
-static_assert(tile_side == group_lanes && tile_side == 8, "a lane is a column of a tile, a byte has a bit a row");
+static_assert(tile_side == 8, "a byte has a bit a row");
+
+// A footprint's part in a tile is drawn by a set of lanes, one or two columns each. With two, what is the same for both
+// is done once, and twice as many registers hold pixels.
+template <int lane_columns>
+struct Sets {
+  static constexpr int lanes = tile_side / lane_columns, in_warp = warp_lanes / lanes;
+};
+
 constexpr int tiles_along = region_side / tile_side, tiles_in_region = tiles_along * tiles_along;
 constexpr int draw_threads = warp_lanes * tiles_in_region;
 // Of a multiprocessor, at a time: 32 warps, which is what one of sm_75 takes at most.
@@ -54,7 +62,7 @@ struct AxisBits {
   unsigned of_region[most_regions_along][words_in_block];
 
   __device__ void set(Range range, int regions) {
-    const int lane = int(threadIdx.x) % warp_lanes, warp = int(threadIdx.x) / warp_lanes;
+    const int lane = lane_of_warp(), warp = warp_of_block();
     for (int region = 0; region < regions; ++region) {
       const bool reaches = range.first < (region + 1) * region_side && range.last >= region * region_side;
       const unsigned word = __ballot_sync(all_lanes, reaches && !is_empty(range));
@@ -104,35 +112,40 @@ struct StagedFootprints {
   }
 };
 
-// Adds the part of a footprint that meets a tile in the tile's column x; y is its first row.
-template <class T>
-__device__ void add_column(const StagedFootprints<T>& staged, int at, T x, int y, T first_row, T (&sums)[tile_side]) {
+// Adds the part of a footprint that meets a tile, in the lane's columns x, x + 1, ...; y is the tile's first row.
+template <int lane_columns, class T>
+__device__ void add_columns(const StagedFootprints<T>& staged, int at, T x, int y, T first_row,
+                            T (&sums)[lane_columns][tile_side]) {
   const auto centre = staged.centre[at];
   const auto extent = staged.extent[at];
-  if (x < centre.first_x || x > extent.last_x) return;
+  if (x + (lane_columns - 1) < centre.first_x || x > extent.last_x) return;
   // A bit a row.
   const unsigned rows = (0xffu << larger_of(extent.y.first - y, 0)) &
                         (0xffu >> (tile_side - 1 - smaller_of(extent.y.last - y, tile_side - 1)));
   const auto shape = staged.shape[at];
-  const T dx = (x - centre.first_x) - centre.mean_x;
-  T e = shape.slope * dx + ((fmax(first_row, centre.first_y) - centre.first_y) - centre.mean_y);
-  const T scaled_xx = shape.scaled_xx * dx * dx;
-  if (extent.steep) {
+  const T dy = (fmax(first_row, centre.first_y) - centre.first_y) - centre.mean_y;
+#pragma unroll
+  for (int k = 0; k < lane_columns; ++k) {
+    const T dx = (x + k - centre.first_x) - centre.mean_x, scaled_xx = shape.scaled_xx * dx * dx;
+    const unsigned mine = x + k >= centre.first_x && x + k <= extent.last_x ? rows : 0;
+    T e = shape.slope * dx + dy;
+    if (extent.steep) {
+#pragma unroll
+      for (int row = 0; row < tile_side; ++row) {
+        if (!(mine & (1u << row))) continue;
+        sums[k][row] += shape.height * start_column(scaled_xx, shape.scaled_yy, e).g;
+        e += 1;
+      }
+      continue;
+    }
+    Column<T> column = start_column(scaled_xx, shape.scaled_yy, e);
 #pragma unroll
     for (int row = 0; row < tile_side; ++row) {
-      if (!(rows & (1u << row))) continue;
-      sums[row] += shape.height * start_column(scaled_xx, shape.scaled_yy, e).g;
-      e += 1;
+      if (!(mine & (1u << row))) continue;
+      sums[k][row] += shape.height * column.g;
+      column.g *= column.r;
+      column.r *= extent.decay;
     }
-    return;
-  }
-  Column<T> column = start_column(scaled_xx, shape.scaled_yy, e);
-#pragma unroll
-  for (int row = 0; row < tile_side; ++row) {
-    if (!(rows & (1u << row))) continue;
-    sums[row] += shape.height * column.g;
-    column.g *= column.r;
-    column.r *= extent.decay;
   }
 }
 
@@ -142,7 +155,7 @@ struct Before {
 };
 
 __device__ inline Before count_before(int count, int* of_warps) {
-  const int lane = int(threadIdx.x) % warp_lanes, warp = int(threadIdx.x) / warp_lanes;
+  const int lane = lane_of_warp(), warp = warp_of_block();
   int inclusive = count;
 #pragma unroll
   for (int step = 1; step < warp_lanes; step *= 2) {
@@ -163,7 +176,7 @@ __device__ inline Before count_before(int count, int* of_warps) {
 // The footprints of a chunk that a tile meets, in order. Returns their number; `mine` receives their places.
 template <class T>
 __device__ int pick(const StagedFootprints<T>& staged, int count, int x, int y, unsigned char* mine) {
-  const int lane = int(threadIdx.x) % warp_lanes;
+  const int lane = lane_of_warp();
   int picked = 0;
   #pragma unroll 1
   for (int first = 0; first < count; first += warp_lanes) {
@@ -177,21 +190,22 @@ __device__ int pick(const StagedFootprints<T>& staged, int count, int x, int y, 
   return picked;
 }
 
-// Draws region `region` of layer `layer` of images (layers, D, D). footprint_of(layer, g) makes footprints;
-// `bits_layer` is where the rows of bits have the layer.
-template <class T, class Source>
+// Draws region `region` of layer `layer` of images (layers, D, D). footprint_of(g) makes footprints in that layer;
+// `bits_layer` is where the rows of bits have it.
+template <int lane_columns, class T, class Source>
 __device__ void draw_region(const Source& footprint_of, const Bits& bits, Index layer, Index bits_layer, int region,
                             int box, T mildest, T* __restrict__ images) {
+  typedef cryosplat::cuda::Sets<lane_columns> Sets;
   __shared__ StagedFootprints<T> staged;
   __shared__ int entries[chunk];
   __shared__ int of_warps[tiles_in_region];
   __shared__ unsigned char picked[tiles_in_region][chunk];
-  const int thread = int(threadIdx.x), lane = thread % warp_lanes, warp = thread / warp_lanes;
-  const int column = lane % group_lanes, group = lane / group_lanes;
+  const int thread = int(threadIdx.x), warp = warp_of_block(), set = lane_of_warp() / Sets::lanes;
   const int tile_x = region % bits.regions_along * region_side + warp % tiles_along * tile_side;
   const int tile_y = region / bits.regions_along * region_side + warp / tiles_along * tile_side;
+  const int x = tile_x + lane_of_warp() % Sets::lanes * lane_columns;
   const unsigned* row = bits.words + bits.row(bits_layer, region);
-  T sums[tile_side] = {};
+  T sums[lane_columns][tile_side] = {};
   for (int first = 0; first < bits.words_in_row; first += draw_threads) {
     const int word = first + thread;
     unsigned left = word < bits.words_in_row ? row[word] : 0;
@@ -202,21 +216,25 @@ __device__ void draw_region(const Source& footprint_of, const Bits& bits, Index 
       for (; left && rank < done + chunk; left &= left - 1, ++rank)
         entries[rank - done] = word * warp_lanes + __ffs(int(left)) - 1;
       __syncthreads();
-      if (thread < count) staged.put(thread, footprint_of(layer, entries[thread]), mildest);
+      if (thread < count) staged.put(thread, footprint_of(entries[thread]), mildest);
       __syncthreads();
       const int mine = pick(staged, count, tile_x, tile_y, picked[warp]);
-      for (int i = group; i < mine; i += groups_in_warp)
-        add_column(staged, picked[warp][i], T(tile_x + column), tile_y, T(tile_y), sums);
+      for (int i = set; i < mine; i += Sets::in_warp)
+        add_columns(staged, picked[warp][i], T(x), tile_y, T(tile_y), sums);
       __syncthreads();
     }
     if (before.total == 0) __syncthreads();  // of_warps has been read
   }
-  const int x = tile_x + column;
 #pragma unroll
-  for (int k = 0; k < tile_side; ++k) {
-    const T sum = sum_over_groups(sums[k]);
-    const int y = tile_y + k;
-    if (k % groups_in_warp == group && x < box && y < box) images[(layer * box + y) * box + x] = sum;
+  for (int row = 0; row < tile_side; ++row) {
+#pragma unroll
+    for (int k = 0; k < lane_columns; ++k) {
+      T sum = sums[k][row];
+#pragma unroll
+      for (int step = Sets::lanes; step < warp_lanes; step *= 2) sum += __shfl_xor_sync(all_lanes, sum, step);
+      const int y = tile_y + row;
+      if (row % Sets::in_warp == set && x + k < box && y < box) images[(layer * box + y) * box + x + k] = sum;
+    }
   }
 }
 

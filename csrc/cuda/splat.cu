@@ -10,8 +10,6 @@ namespace cuda {
 
 namespace {
 
-using device::planar_gradient;
-using device::PlanarGradient;
 using device::ViewRows;
 
 // Numbers of a Gaussian: mean (3), covariance (6), amplitude. Of a pose: two rows of the rotation, shift.
@@ -99,8 +97,9 @@ __global__ void __launch_bounds__(draw_threads, draw_blocks<T>)
     splat_draw(Index gaussians, int box, const Footprint<T>* __restrict__ footprints, Bits bits, T mildest,
                T* __restrict__ images) {
   const Index regions = Index(bits.regions_along) * bits.regions_along, view = blockIdx.x / regions;
-  const auto footprint_of = [=](Index layer, int g) { return footprints[layer * gaussians + g]; };
-  draw_region(footprint_of, bits, view, view, int(blockIdx.x % regions), box, mildest, images);
+  const Footprint<T>* of_view = footprints + view * gaussians;
+  const auto footprint_of = [=](int g) { return of_view[g]; };
+  draw_region<2>(footprint_of, bits, view, view, int(blockIdx.x % regions), box, mildest, images);
 }
 
 // The views of one model in a chunk of them, in order: a block's.
@@ -112,7 +111,7 @@ struct ViewList {
 // Called by the whole block; the list is whole after a barrier, which is here.
 __device__ inline void list_views(const std::int64_t* model_of, int model, Index first, Index last, ViewList* list) {
   __shared__ int of_warps[gather_threads / warp_lanes];
-  const int lane = int(threadIdx.x) % warp_lanes, warp = int(threadIdx.x) / warp_lanes;
+  const int lane = lane_of_warp(), warp = warp_of_block();
   const Index view = first + threadIdx.x;
   const bool shows = view < last && model_of[view] == model;
   const unsigned shown = __ballot_sync(all_lanes, shows);
@@ -140,7 +139,6 @@ struct Views {
   T* of_warp;         // pose sums of this warp, view by view
   Index warp_stride;  // between those of two views
   int count;
-  T sums[parameters] = {};
 
   __device__ bool is_gaussian() const { return g < shape.gaussians; }
 
@@ -153,31 +151,33 @@ struct Views {
 
   __device__ const T* residual(int i) const { return grad_images + list.views[i] * shape.box * shape.box; }
 
-  __device__ void add(bool is_there, int i, const Footprint<T>& f, const Moments2<T>& m) {
+  __device__ void add(bool is_there, int i, const Moments2<T>& m, GatherMemory<T>& memory) const {
     T of_pose[pose_numbers] = {};
-    if (is_there && is_gaussian()) add_view(list.views[i], f, m, of_pose);
+    if (is_there && is_gaussian()) add_view(i, m, memory, of_pose);
     if constexpr (poses) {
 #pragma unroll
       for (int k = 0; k < pose_numbers; ++k) {
         const T total = sum_over_groups(of_pose[k]);
-        if (is_there && int(threadIdx.x) % warp_lanes < group_lanes) of_warp[list.views[i] * warp_stride + k] = total;
+        if (is_there && lane_of_warp() < group_lanes) of_warp[list.views[i] * warp_stride + k] = total;
       }
     }
   }
 
-  __device__ void add_view(Index view, const Footprint<T>& f, const Moments2<T>& m, T (&of_pose)[pose_numbers]) {
+  __device__ void add_view(int i, const Moments2<T>& m, GatherMemory<T>& memory, T (&of_pose)[pose_numbers]) const {
+    const Footprint<T> f = footprint(i);  // again: kept, it would take registers from the walk
+    const Index view = list.views[i];
     const ViewRows<T> rows = view_rows(in, view);
     const Index at = model * shape.gaussians + g;
     // The peak of unit amplitude; NaN for a degenerate Gaussian, whose height is.
     const T peak = sqrt(f.inverse_xx * f.p_yy) * T(1 / device::two_pi) + (f.height - f.height);
-    const Symmetric2<T> p = {f.inverse_xx + f.slope * f.slope * f.p_yy, f.slope * f.p_yy, f.p_yy};
-    const PlanarGradient<T> gradient = planar_gradient(
-        Moments2<T>{peak * m.one, peak * m.x, peak * m.y, peak * m.xx, peak * m.xy, peak * m.yy}, p, in.amplitudes[at]);
+    const PlanarGradient<T> gradient = gradient_of_moments(
+        Moments2<T>{peak * m.one, peak * m.x, peak * m.y, peak * m.xx, peak * m.xy, peak * m.yy}, f.inverse_xx, f.slope,
+        f.p_yy, in.amplitudes[at]);
     const Vector3<T> mean = mean_gradient(gradient, rows);
     const Symmetric3<T> s = covariance_gradient(gradient, rows);
     const T all[parameters] = {mean.x, mean.y, mean.z, s.xx, s.xy, s.xz, s.yy, s.yz, s.zz, gradient.amplitude};
 #pragma unroll
-    for (int k = 0; k < parameters; ++k) sums[k] += all[k];
+    for (int k = 0; k < parameters; ++k) memory.add(k, all[k]);
     if constexpr (poses) {
       const ViewRows<T> r = rotation_gradient(gradient, project(covariance_of(in, at), rows), mean_of(in, at));
       const T pose[pose_numbers] = {r.x.x, r.x.y, r.x.z, r.y.x, r.y.y, r.y.z, -gradient.mean.x, -gradient.mean.y};
@@ -208,34 +208,36 @@ inline Division divide(const SplatShape& shape) {
 
 // Sums over the views of a chunk (chunks, M, G, parameters), or the gradients themselves where there is one chunk; and
 // sums of poses (V, blocks x warps, pose_numbers). Blocks: Gaussians, then models, then chunks.
-template <class T, bool poses>
-__global__ void __launch_bounds__(gather_threads, (poses ? gather_blocks_with_poses<T> : gather_blocks<T>))
+template <class T, bool poses, bool is_aligned>
+__global__ void __launch_bounds__(gather_threads, (gather_blocks<T, poses, is_aligned>))
     splat_gather(SplatShape shape, SplatInputs<T> in, Division division, const Footprint<T>* __restrict__ footprints,
                  T mildest, const T* __restrict__ grad_images, SplatGradients<T> out, T* __restrict__ of_chunks,
                  T* __restrict__ of_poses) {
+  static_assert(parameters == sums_in_lane, "a sum for each");
   __shared__ ViewList list;
+  __shared__ GatherMemory<T> memory;
   const Index block = blockIdx.x % division.blocks, rest = blockIdx.x / division.blocks;
   const Index model = rest % shape.models, piece = rest / shape.models, first = piece * division.views_in_chunk;
   const Index last = first + division.views_in_chunk < shape.views ? first + division.views_in_chunk : shape.views;
   list_views(in.model, int(model), first, last, &list);
   constexpr int warps = gather_threads / warp_lanes;
-  const Index warp = block * warps + int(threadIdx.x) / warp_lanes;
-  Views<T, poses> views = {shape,
-                           in,
-                           footprints,
-                           grad_images,
-                           list,
-                           model,
-                           block * groups_in_block + int(threadIdx.x) / group_lanes,
-                           of_poses + warp * pose_numbers,
-                           division.blocks * warps * pose_numbers,
-                           list.count};
-  gather(views, int(shape.box), mildest);
+  const Index warp = block * warps + warp_of_block();
+  const Views<T, poses> views = {shape,
+                                 in,
+                                 footprints,
+                                 grad_images,
+                                 list,
+                                 model,
+                                 block * groups_in_block + group_of_block(),
+                                 of_poses + warp * pose_numbers,
+                                 division.blocks * warps * pose_numbers,
+                                 list.count};
+  gather<is_aligned>(views, int(shape.box), mildest, memory);
   const Index at = model * shape.gaussians + views.g;
 #pragma unroll
   for (int k = 0; k < parameters; ++k) {
-    const T total = sum_of_group(views.sums[k]);
-    if (!views.is_gaussian() || int(threadIdx.x) % group_lanes != k % group_lanes) continue;
+    const T total = memory.total(k);
+    if (!views.is_gaussian() || lane_of_group() != k % group_lanes) continue;
     T* to = division.chunks > 1 ? of_chunks + ((piece * shape.models * shape.gaussians + at) * parameters + k)
             : k < 3             ? out.means + 3 * at + k
             : k < 9             ? out.covariances + 6 * at + (k - 3)
@@ -264,11 +266,11 @@ __global__ void __launch_bounds__(warp_lanes)
     sum_poses(Index warps, const T* __restrict__ of_poses, T* __restrict__ rotations, T* __restrict__ shifts) {
   const Index view = blockIdx.x;
   const int lane = int(threadIdx.x), number = lane % pose_numbers;
-  static_assert(pose_numbers == group_lanes, "a lane of each group for a number");
   T sum = 0;
-  for (Index warp = lane / pose_numbers; warp < warps; warp += groups_in_warp)
+  for (Index warp = lane / pose_numbers; warp < warps; warp += warp_lanes / pose_numbers)
     sum += of_poses[(view * warps + warp) * pose_numbers + number];
-  sum = sum_over_groups(sum);
+#pragma unroll
+  for (int step = pose_numbers; step < warp_lanes; step *= 2) sum += __shfl_xor_sync(all_lanes, sum, step);
   if (lane < 6) rotations[9 * view + lane] = sum;
   if (lane == 6 || lane == 7) shifts[2 * view + lane - 6] = sum;
   if (lane >= 8 && lane < 11) rotations[9 * view + lane - 2] = 0;  // the third row
@@ -349,7 +351,10 @@ const char* splat_backward(const SplatShape& shape, const SplatInputs<Scalar>& i
   const Footprint<Scalar>* footprints = at.footprints;
   if (const char* message = prepare(shape, in, cutoff, at.footprints, Bits{}, stream)) return message;
   if (blocks > 0) {
-    const char* message = launch(poses ? splat_gather<Scalar, true> : splat_gather<Scalar, false>,
+    const bool aligned = are_rows_aligned(grad_images, shape.box);
+    const char* message = launch(poses ? aligned ? splat_gather<Scalar, true, true> : splat_gather<Scalar, true, false>
+                                 : aligned ? splat_gather<Scalar, false, true>
+                                           : splat_gather<Scalar, false, false>,
                                  dim3(unsigned(blocks)), dim3(gather_threads), stream, shape, in, division, footprints,
                                  Scalar(mildest_correlation(cutoff)), grad_images, out, at.of_chunks, at.of_poses);
     if (message) return message;

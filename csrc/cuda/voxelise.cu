@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(prepare_threads)
   const Index blocks = pieces(shape.gaussians, prepare_threads);
   const Index model = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const Index g = block * prepare_threads + threadIdx.x;
-  const int box = int(shape.box), lane = int(threadIdx.x) % warp_lanes, warp = int(threadIdx.x) / warp_lanes;
+  const int box = int(shape.box), lane = lane_of_warp(), warp = warp_of_block();
   Range x = {0, -1}, y = {0, -1}, planes = {0, -1};
   if (g < shape.gaussians) {
     const Index i = model * shape.gaussians + g;
@@ -161,12 +161,15 @@ __global__ void __launch_bounds__(draw_threads, draw_blocks<T>)
     voxelise_draw(Index gaussians, int box, const Solid<T>* __restrict__ solids, Bits bits, T mildest,
                   T* __restrict__ volumes) {
   const Index regions = Index(bits.regions_along) * bits.regions_along, layer = blockIdx.x / regions;
-  const Index model = layer / box, slab = layer % box / slab_planes;
-  const auto footprint_of = [=](Index layer, int g) {
+  const Index model = layer / box;
+  const int plane = int(layer % box);
+  const Solid<T>* of_model = solids + model * gaussians;
+  const auto footprint_of = [=](int g) {
     T dz;
-    return cut(solids[layer / box * gaussians + g], int(layer % box), box, &dz);
+    return cut(of_model[g], plane, box, &dz);
   };
-  draw_region(footprint_of, bits, layer, model * pieces(box, slab_planes) + slab, int(blockIdx.x % regions), box,
+  // One column a lane: cutting the sections takes the registers that a second would need.
+  draw_region<1>(footprint_of, bits, layer, model * pieces(box, slab_planes) + plane / slab_planes, int(blockIdx.x % regions), box,
               mildest, volumes);
 }
 
@@ -176,7 +179,6 @@ struct Planes {
   const Solid<T>& solid;
   const T* grad_volume;
   int box, count;
-  Moments3<T> sums = {};
 
   __device__ Footprint<T> footprint(int i) const {
     T dz;
@@ -185,48 +187,48 @@ struct Planes {
 
   __device__ const T* residual(int i) const { return grad_volume + Index(solid.planes.first + i) * box * box; }
 
-  __device__ void add(bool is_there, int i, const Footprint<T>&, const Moments2<T>& m) {
+  // In the order of Moments3.
+  __device__ void add(bool is_there, int i, const Moments2<T>& m, GatherMemory<T>& memory) const {
     if (!is_there) return;
     const T dz = (T(solid.planes.first + i) - solid.z.whole) - solid.z.rest;
     // Of unit height; planes of a degenerate Gaussian get its NaN.
     const T g = exp2_of(-solid.inverse_variance * dz * dz * T(half_log2_e)) + (solid.height - solid.height);
-    Moments2<T>& p = sums.planar;
-    p = {p.one + g * m.one, p.x + g * m.x, p.y + g * m.y, p.xx + g * m.xx, p.xy + g * m.xy, p.yy + g * m.yy};
-    sums.z += dz * g * m.one;
-    sums.zz += dz * dz * g * m.one;
-    sums.planar_z = {sums.planar_z.x + dz * g * m.x, sums.planar_z.y + dz * g * m.y};
+    const T z = dz * g;
+    const T all[sums_in_lane] = {g * m.one, g * m.x,   g * m.y,        g * m.xx, g * m.xy,
+                                 g * m.yy,  z * m.one, dz * z * m.one, z * m.x,  z * m.y};
+#pragma unroll
+    for (int k = 0; k < sums_in_lane; ++k) memory.add(k, all[k]);
   }
 };
 
 // Blocks: Gaussians, then models.
-template <class T>
-__global__ void __launch_bounds__(gather_threads, gather_blocks<T>)
+template <class T, bool is_aligned>
+__global__ void __launch_bounds__(gather_threads, (gather_blocks<T, false, is_aligned>))
     voxelise_gather(SplatShape shape, SplatInputs<T> in, const Solid<T>* __restrict__ solids, T mildest,
                     const T* __restrict__ grad_volumes, SplatGradients<T> out) {
+  __shared__ GatherMemory<T> memory;
   const Index blocks = pieces(shape.gaussians, groups_in_block);
   const Index model = blockIdx.x / blocks;
-  const Index g = blockIdx.x % blocks * groups_in_block + threadIdx.x / group_lanes;
+  const Index g = blockIdx.x % blocks * groups_in_block + group_of_block();
   const bool is_gaussian = g < shape.gaussians;
   const Index at = model * shape.gaussians + (is_gaussian ? g : 0), box = shape.box;
   const Solid<T>& solid = solids[at];
   const int count = is_gaussian ? solid.planes.last - solid.planes.first + 1 : 0;
-  Planes<T> planes = {solid, grad_volumes + model * box * box * box, int(box), count};
-  gather(planes, int(box), mildest);
-  const Moments3<T>& s = planes.sums;
+  const Planes<T> planes = {solid, grad_volumes + model * box * box * box, int(box), count};
+  gather<is_aligned>(planes, int(box), mildest, memory);
   const T unit = sqrt(solid.inverse_xx * solid.p_yy * solid.inverse_variance) *
                  T(1 / (device::two_pi * 2.50662827463100050242));  // (2 pi)^(3/2)
-  const auto total = [=](T part) { return unit * sum_of_group(part); };
-  const Moments3<T> m = {{total(s.planar.one), total(s.planar.x), total(s.planar.y), total(s.planar.xx),
-                          total(s.planar.xy), total(s.planar.yy)},
-                         total(s.z),
-                         total(s.zz),
-                         {total(s.planar_z.x), total(s.planar_z.y)}};
-  if (!is_gaussian || int(threadIdx.x) % group_lanes != 0) return;
+  T t[sums_in_lane];
+  for (int k = 0; k < sums_in_lane; ++k) t[k] = unit * memory.total(k);
+  const Moments3<T> m = {{t[0], t[1], t[2], t[3], t[4], t[5]}, t[6], t[7], {t[8], t[9]}};
+  if (!is_gaussian || lane_of_group() != 0) return;
   Conditional<T> k;
   k.slope = {solid.slope_x, solid.slope_y};
-  k.p = {solid.inverse_xx + solid.slope * solid.slope * solid.p_yy, solid.slope * solid.p_yy, solid.p_yy};
   k.inverse_variance = solid.inverse_variance;
-  const SolidGradient<T> gradient = solid_gradient(m, k, in.amplitudes[at]);
+  const T amplitude = in.amplitudes[at], along_e = amplitude * solid.p_yy * m.planar_z.y;
+  const SolidGradient<T> gradient = solid_gradient(
+      gradient_of_moments(m.planar, solid.inverse_xx, solid.slope, solid.p_yy, amplitude),
+      Vector2<T>{amplitude * solid.inverse_xx * m.planar_z.x + solid.slope * along_e, along_e}, m, k, amplitude);
   // A degenerate Gaussian that no plane showed, or whose numbers cancel it, is one all the same.
   const T poison = solid.height - solid.height;
   T* mean = out.means + 3 * at;
@@ -300,7 +302,8 @@ const char* voxelise_backward(const SplatShape& shape, const SplatInputs<Scalar>
   if (blocks == 0) return nullptr;
   const SolidPlaces<Scalar> at(shape, false, workspace);
   if (const char* message = prepare(shape, in, cutoff, at, stream)) return message;
-  return launch(voxelise_gather<Scalar>, dim3(unsigned(blocks)), dim3(gather_threads), stream, shape, in,
+  const bool aligned = are_rows_aligned(grad_volumes, shape.box);
+  return launch(aligned ? voxelise_gather<Scalar, true> : voxelise_gather<Scalar, false>, dim3(unsigned(blocks)), dim3(gather_threads), stream, shape, in,
                 static_cast<const Solid<Scalar>*>(at.solids), Scalar(mildest_correlation(cutoff)), grad_volumes, out);
 }
 

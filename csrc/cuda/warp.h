@@ -13,10 +13,17 @@ typedef std::int64_t Index;
 constexpr int warp_lanes = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// Lanes that share a Gaussian or a row of a tile: 8 columns, of which a footprint of 11 px fills two thirds, one of
-// 6 px three quarters; a whole warp would idle on small ones.
-constexpr int group_lanes = 8;
+// Lanes that share a Gaussian where gradients are gathered, four columns each: 16 columns, which most footprints fill by
+// two thirds or more. Larger groups would spend more on what is done once for a footprint than on its pixels.
+constexpr int group_lanes = 4;
 constexpr int groups_in_warp = warp_lanes / group_lanes;
+
+// Of a block along x. Unsigned, so that a remainder is one instruction.
+__device__ inline int warp_of_block() { return int(threadIdx.x / unsigned(warp_lanes)); }
+__device__ inline int lane_of_warp() { return int(threadIdx.x % unsigned(warp_lanes)); }
+__device__ inline int group_of_warp() { return lane_of_warp() / group_lanes; }
+__device__ inline int group_of_block() { return int(threadIdx.x / unsigned(group_lanes)); }
+__device__ inline int lane_of_group() { return int(threadIdx.x % unsigned(group_lanes)); }
 
 inline __host__ __device__ Index pieces(Index count, Index of) { return (count + of - 1) / of; }
 
@@ -55,23 +62,29 @@ __device__ T sum_over_groups(T value) {
   return value;
 }
 
-// The sum over its group of values[lane], in each lane: 7 exchanges where sum_of_group of 8 values would take 24.
+// The sums over its group of values[2 lane] and values[2 lane + 1], in each lane: 6 exchanges where sum_of_group of 8
+// values would take 16.
 template <class T>
-__device__ T transposed_sum_of_group(const T (&values)[group_lanes], int lane) {
-  T half[group_lanes / 2], quarter[group_lanes / 4];
-  const bool bit4 = lane & 4, bit2 = lane & 2, bit1 = lane & 1;
+struct Two {
+  T first, second;
+};
+
+template <class T>
+__device__ Two<T> transposed_sum_of_group(const T (&values)[2 * group_lanes]) {
+  static_assert(group_lanes == 4, "two exchanges");
+  T half[4], quarter[2];
+  const bool bit2 = lane_of_group() & 2, bit1 = lane_of_group() & 1;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const T keep = bit4 ? values[k + 4] : values[k], give = bit4 ? values[k] : values[k + 4];
-    half[k] = keep + __shfl_xor_sync(all_lanes, give, 4);
+    const T keep = bit2 ? values[k + 4] : values[k], give = bit2 ? values[k] : values[k + 4];
+    half[k] = keep + __shfl_xor_sync(all_lanes, give, 2);
   }
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const T keep = bit2 ? half[k + 2] : half[k], give = bit2 ? half[k] : half[k + 2];
-    quarter[k] = keep + __shfl_xor_sync(all_lanes, give, 2);
+    const T keep = bit1 ? half[k + 2] : half[k], give = bit1 ? half[k] : half[k + 2];
+    quarter[k] = keep + __shfl_xor_sync(all_lanes, give, 1);
   }
-  const T keep = bit1 ? quarter[1] : quarter[0], give = bit1 ? quarter[0] : quarter[1];
-  return keep + __shfl_xor_sync(all_lanes, give, 1);
+  return {quarter[0], quarter[1]};
 }
 
 // Places in a workspace, each at an address that any vector access may use.

@@ -1,0 +1,105 @@
+"""Batches of particles: where their images lie, and how these reach the device before they are needed."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B particles on one rank and one device; D is the training box.
+
+    Attributes:
+        stored: (N, D, D//2+1, 2) real and imaginary parts of orthonormal half-spectra (see conventions) as they are
+            held, in half or single precision; N images, of which the batch has some.
+        rows: (B,) int64, which of them.
+        gain: (B,) what makes units of the noise's standard deviation of each.
+        rotations: (B, 3, 3).
+        shifts: (B, 2) in pixels.
+        ctf: (B, 7) or None.
+        half: (B,) int64, 0 or 1.
+        ids: (B,) rows of the particle table, on the host.
+    """
+
+    stored: Tensor
+    rows: Tensor
+    gain: Tensor
+    rotations: Tensor
+    shifts: Tensor
+    ctf: Tensor | None
+    half: Tensor
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def images(self) -> Tensor:
+        """(B, D, D//2+1) half-spectra in units of the noise, complex64 (complex128 where the gain is float64)."""
+        return torch.view_as_complex(self.stored[self.rows].to(self.gain.dtype)) * self.gain[:, None, None]
+
+    def part(self, places: slice) -> "Batch":
+        """Some of its particles, neighbours."""
+        ctf = None if self.ctf is None else self.ctf[places]
+        of_each = (self.rows, self.gain, self.rotations, self.shifts)
+        return Batch(self.stored, *(one[places] for one in of_each), ctf, self.half[places], self.ids[places])
+
+
+@dataclass
+class Chosen:
+    """Which particles make a batch.
+
+    Attributes:
+        ids: (B,) rows of the particle table, on the host.
+        at: (B,) the same, int64 on the device.
+        stored: (B, D, D//2+1, 2) their half-spectra on the device, if these are held by the host; else None.
+    """
+
+    ids: np.ndarray
+    at: Tensor
+    stored: Tensor | None = None
+
+
+class Courier:
+    """Takes rows of an array in host memory to a device while that is busy with something else.
+
+    Rows are gathered into pinned memory and copied on a stream of their own; nothing waits on the host. The array
+    itself need not be pinned, which would round its size up to a power of two. On a CPU rows are gathered, no more.
+
+    Args:
+        array: (N, ...) on the host.
+        device: where rows go.
+    """
+
+    def __init__(self, array: Tensor, device: torch.device):
+        self._array, self._device = array, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, rows: Tensor) -> Tensor:
+        """Begin to copy ``rows`` (B,), on the host; what is returned must not be used before ``take``."""
+        pinned = self._stream is not None
+        staged = torch.empty(len(rows), *self._array.shape[1:], dtype=self._array.dtype, pin_memory=pinned)
+        torch.index_select(self._array, 0, rows, out=staged)
+        if self._stream is None:
+            return staged
+        # Not farther ahead of the work than it has been queued: a host in a hurry would fill the GPU with batches.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            return staged.to(self._device, non_blocking=True)
+
+    def take(self, sent: Tensor) -> Tensor:
+        """The same rows, for use in the current stream, which waits for them; the host does not."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            sent.record_stream(current)
+        return sent
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for; on a CPU the array itself."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
