@@ -37,6 +37,7 @@ _LOG = logging.getLogger("cryosplat")
 
 Result = TypeVar("Result")
 LAST_TENSORS_S = 0.05
+PATIENCE = datetime.timedelta(days=365)
 
 PIECE = 1 << 24
 """Numbers summed at a time over ranks, 64 MiB in float."""
@@ -61,6 +62,7 @@ class World:
         backend: "gloo" or "nccl" for the tensors of ``device``; "none" for one process.
         launcher: "single", "torchrun", "submitit" or "srun".
         threads: CPU threads of this rank, as given to PyTorch.
+        patient: the process group of ``wait_for_main``.
     """
 
     rank: int
@@ -71,6 +73,7 @@ class World:
     backend: str
     launcher: str
     threads: int
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -92,13 +95,7 @@ def join(config: Config) -> Iterator[World]:
     device = choose_device(config.train.device, placement.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = _choose_backend(config, device) if placement.size > 1 else "none"
-    if placement.size > 1:
-        _connect(placement, backend, config.distributed.timeout_minutes)
-    elif tasks := tasks_left_out(placement, os.environ):
-        _LOG.warning(
-            "this job of Slurm has %d tasks, but this is one process alone, because srun has not started it", tasks
-        )
+    backend = _connect(placement, config, device)
     leave = backend == "gloo"
     try:
         yield _survey(placement, device, backend, config)
@@ -192,7 +189,15 @@ def _choose_backend(config: Config, device: torch.device) -> str:
     return wanted
 
 
-def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None:
+def _connect(placement: Placement, config: Config, device: torch.device) -> str:
+    """Make the process group, if there are others; returns the backend of ``device``'s tensors."""
+    if placement.size == 1:
+        if tasks := tasks_left_out(placement, os.environ):
+            _LOG.warning(
+                "this job of Slurm has %d tasks, but this is one process alone, because srun has not started it", tasks
+            )
+        return "none"
+    backend = _choose_backend(config, device)
     address = f"[{placement.address}]" if ":" in placement.address else placement.address
     try:
         dist.init_process_group(
@@ -200,7 +205,7 @@ def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None
             init_method=f"tcp://{address}:{placement.port}",
             rank=placement.rank,
             world_size=placement.size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=datetime.timedelta(minutes=config.distributed.timeout_minutes),
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise InputError(
@@ -208,6 +213,7 @@ def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None
             f"join the others at {placement.address}:{placement.port}: {str(error).splitlines()[0]} "
             f"(if hosts cannot reach each other by name, set GLOO_SOCKET_IFNAME to their network interface)"
         ) from error
+    return backend
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,7 @@ def _survey(placement: Placement, device: torch.device, backend: str, config: Co
         backend=backend,
         launcher=placement.launcher,
         threads=1,
+        patient=dist.new_group(backend="gloo", timeout=PATIENCE) if placement.size > 1 else None,
     )
     mine = _Place.of(device)
     places = gather_objects(mine, world)
@@ -389,6 +396,16 @@ def _store() -> dist.Store:
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     sum_over_ranks(torch.zeros(1), world)
+
+
+def wait_for_main(world: World) -> None:
+    """Wait until every rank is here, however long rank 0 takes; all ranks call it.
+
+    For after what rank 0 does alone (maps, FSC), which may take longer than ``distributed.timeout_minutes``, as long as
+    other collectives wait for a rank that hangs. A rank 0 that ends meanwhile is noticed at once.
+    """
+    if world.size > 1:
+        dist.all_reduce(torch.zeros(1), group=world.patient)
 
 
 def apart(wrapped: nn.Module, world: World) -> contextlib.AbstractContextManager:

@@ -147,7 +147,6 @@ def _setup(site: Site, code: Path) -> list[str]:
 
 
 def _srun(site: Site) -> list[str]:
-    # By itself srun starts a requeued job's log anew, leaves the other ranks waiting for one that has died, and (since
-    # Slurm 22.05) gives a task one core.
+    # By itself srun lets ranks wait for one that has died, and (since Slurm 22.05) gives a task one core.
     cores = [f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else []
-    return ["--open-mode=append", "--kill-on-bad-exit=1", *cores, *site.srun]
+    return ["--kill-on-bad-exit=1", *cores, *site.srun]

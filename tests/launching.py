@@ -30,8 +30,10 @@ def train(config):
             raise InputError("row 13 is unlucky")
         if config.train.seed == 14 and world.rank == 1:
             raise RuntimeError("rank 1 broke")
-        if config.train.seed == 15 and world.rank == 1:
-            os.kill(os.getpid(), 9)
+        if config.train.seed == 15:
+            if world.rank == 1:
+                os.kill(os.getpid(), 9)
+            time.sleep(100)
         if config.train.seed == 16 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
             time.sleep(100)
         summary = {"ranks": ranks, "launcher": world.launcher, "epochs": config.train.epochs, "resolution_a": 4.5}

@@ -124,6 +124,7 @@ def cluster(kind: str) -> Iterator[Cluster]:
 def begin_session() -> None:
     """Make the folder of this session's clusters; a short path, because that of munge's socket may have 107 bytes."""
     os.environ[SESSION] = tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
+    (Path(os.environ[SESSION]) / "pid").write_text(str(os.getpid()))
 
 
 def end_session() -> None:
@@ -144,11 +145,21 @@ def _start(session: Path, kind: str) -> Cluster:
         )
         if started.returncode:
             _skip(session, f"no Slurm starts here: {started.stderr.strip()}")
+        _guard(session, folder)
     sourced = subprocess.run(
         ["bash", "-c", f". {folder}/env; env -0"], env=_bare(), check=True, capture_output=True, text=True
     )
     words = [word.split("=", 1) for word in sourced.stdout.split("\0") if "=" in word]
     return Cluster(folder, {name: value for name, value in words})
+
+
+def _guard(session: Path, folder: Path) -> None:
+    """Stop the cluster when the session's process is gone, which may have been killed before it could do so."""
+    session_ends = f"tail --pid={(session / 'pid').read_text()} -f /dev/null"
+    stop = f"[ ! -e '{folder}/env' ] || '{SCRIPTS}/down' '{folder}'"
+    command = ["setsid", "--fork", "bash", "-c", f"{session_ends}; {stop}; rm -rf '{session}'"]
+    nothing = subprocess.DEVNULL
+    subprocess.run(command, check=True, stdin=nothing, stdout=nothing, stderr=nothing)
 
 
 def _bare() -> dict[str, str]:

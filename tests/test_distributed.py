@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,14 @@ def test_two_ranks_on_one_gpu_are_refused_and_rank_0_says_so():
         distributed._refuse_shared_gpus(shared, world(1))
 
 
+def test_a_rank_on_a_gpu_says_which_one(monkeypatch):
+    facts = types.SimpleNamespace(name="NVIDIA H100", uuid="0f3a-77")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    place = distributed._Place.of(torch.device("cuda", 1))
+    assert (place.device, place.gpu) == ("cuda:1 (NVIDIA H100)", "0f3a-77")
+    assert distributed._Place.of(torch.device("cpu")).gpu == ""
+
+
 def test_ranks_that_may_share_gpus_do_not_speak_over_nccl():
     gpu = torch.device("cuda", 0)
     assert distributed._choose_backend(load_config(None), gpu) == "nccl"
@@ -348,6 +357,32 @@ with distributed.join(load_config(None, ["train.device=cpu"])) as world:
 """
     first, second = run_ranks(tmp_path, code)  # its time limit is far below distributed.timeout_minutes
     assert first[0] != 0 and second[0] == 9
+
+
+SLOW = """
+import time
+from cryosplat import distributed
+from cryosplat.config import load_config
+
+with distributed.join(load_config(None, ["train.device=cpu", "distributed.timeout_minutes=0.05"])) as world:
+    if world.is_main:
+        time.sleep(5)
+    WAIT
+    distributed.barrier(world)
+"""
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_collectives_wait(tmp_path):
+    waited = run_ranks(tmp_path, SLOW.replace("WAIT", "distributed.wait_for_main(world)"))
+    assert [code for code, _, _ in waited] == [0, 0], waited
+    not_waited = run_ranks(tmp_path, SLOW.replace("WAIT", ""))
+    assert not_waited[1][0] != 0 and "Timed out" in not_waited[1][2], not_waited
+
+
+def test_a_rank_0_that_ends_is_noticed_by_those_that_wait_for_it(tmp_path):
+    code = SLOW.replace("time.sleep(5)", "import os; os._exit(9)").replace("WAIT", "distributed.wait_for_main(world)")
+    first, second = run_ranks(tmp_path, code)
+    assert first[0] == 9 and second[0] != 0
 
 
 def test_a_rank_that_raises_leaves_and_the_others_stop(tmp_path):

@@ -28,3 +28,19 @@ def test_without_root_the_tests_are_skipped_with_the_reason(tmp_path, monkeypatc
     monkeypatch.setenv(slurmcluster.REQUIRED, "1")
     with pytest.raises(pytest.fail.Exception, match="needs root"), slurmcluster.cluster("1"):
         pass
+
+
+def test_what_is_missing_is_installed_or_the_reason_given(tmp_path, monkeypatch):
+    apt = tmp_path / "apt-get"
+    apt.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\necho "E: no network" >&2\nexit 100\n')
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(slurmcluster.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(slurmcluster, "PROGRAMS", ("no-such-slurmctld",))
+    monkeypatch.setenv(slurmcluster.SESSION, str(tmp_path))
+    monkeypatch.delenv(slurmcluster.REQUIRED, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="does not install munge .*: E: no network"):
+        with slurmcluster.cluster("1"):
+            pass
+    install = "install -y --no-install-recommends munge slurmctld slurmd slurm-client"
+    assert (tmp_path / "asked").read_text().splitlines() == [install, "update", install]

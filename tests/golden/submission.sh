@@ -22,5 +22,5 @@ cd PLACE/runs/mine/jobs/dry-run/code || exit 1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output PLACE/runs/mine/jobs/dry-run/%j_%t_log.out --open-mode=append --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -u -m submitit.core._submit PLACE/runs/mine/jobs/dry-run
+srun --unbuffered --output PLACE/runs/mine/jobs/dry-run/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -u -m submitit.core._submit PLACE/runs/mine/jobs/dry-run
 
