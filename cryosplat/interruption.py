@@ -28,6 +28,8 @@ PACE_S = 1.0
 class Watch:
     """Whether this rank, or another, was asked to go.
 
+    ``asked_by`` is the last signal's name, empty without. Who goes sets ``going``.
+
     Args:
         world: the ranks.
     """
@@ -35,6 +37,7 @@ class Watch:
     def __init__(self, world: distributed.World):
         self.world = world
         self.asked_by = ""
+        self.going = False
         self._told, self._next_look = False, 0.0
         self._next_step, self._last = 0, (0, time.monotonic())
 
@@ -98,10 +101,5 @@ def watch(world: distributed.World) -> Iterator[Watch]:
         yield found
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def ignore_signals() -> None:
-    """From now on this process ends by itself: what it is asked for is under way, and its exit status must say so."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+            # A rank that goes is not to be hurried: its exit status must say why.
+            signal.signal(number, signal.SIG_IGN if found.going else handler)

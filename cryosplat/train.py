@@ -68,10 +68,9 @@ def train(config: Config) -> dict[str, Any]:
             raise InputError(f"rank {world.rank}: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error
         except Interrupted as error:
             # Raised again where it holds on to nothing of the run, and the ranks have left each other in good order.
-            interrupted = Interrupted(str(error))
+            interrupted, watch.going = Interrupted(str(error)), True
         finally:
             lock.release()
-    interruption.ignore_signals()
     raise interrupted
 
 
@@ -153,12 +152,14 @@ class Run:
                 )
                 if trainer.progress.epoch % config.maps.every == 0 or trainer.finished:
                     evaluation = self._evaluate(monitor)
+                    distributed.wait_for_main(self.world)
                 distributed.together(lambda: self._save(monitor), self.world)
                 if not trainer.finished:  # then what is left takes no longer than to begin again
                     self._go_if_asked(self._saved())
             if evaluation is None and self.images_trained == 0:  # nothing to train, or only the products are missing
                 evaluation = self._evaluate(monitor)
             suite = self._half_map_curves(evaluation)
+            distributed.wait_for_main(self.world)
             summary = self._summary(evaluation, suite)
             if self.world.is_main:
                 self._write(evaluation, suite, summary)
@@ -218,10 +219,12 @@ class Run:
             sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, halves=halves)
             return None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
 
+        distributed.doing("the sums of images")
         found = reconstruct(~plan.held_out, halves)
         watched = fits and self.run.state is None and plan.held_out.any()
         kept = reconstruct(plan.held_out, False) if watched else None
         self.held_out = kept[0].equations if kept else None
+        distributed.wait_for_main(world)
         distributed.together(lambda: self._look_at(found, dataset.pixel_size_a) if world.is_main else None, world)
         return found
 

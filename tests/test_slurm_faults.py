@@ -1,0 +1,143 @@
+"""What clusters do to a run, by a real Slurm: each ends with the map of a run that was left alone, and no step lost."""
+
+import csv
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import launching
+import pytest
+from training_set import SETTINGS, trained, training_set
+
+EVERY_S = 3
+LOOK_EVERY = 5
+TRAINING = (*SETTINGS, "train.epochs=25", f"train.log_every={LOOK_EVERY}", f"checkpoint.every_minutes={EVERY_S / 60}")
+"""Image by image, some twenty seconds of it on two ranks."""
+
+STEPS, STEPS_AN_EPOCH = 25 * 19, 19
+ON_TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
+
+
+@pytest.fixture
+def place(tmp_path, tmp_path_factory) -> Path:
+    return launching.make_place(tmp_path, tmp_path_factory, stand_in=False)
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory) -> float:
+    """Mean FSC to the truth of the run that nothing happens to, on one process."""
+    run = trained(training_set(tmp_path_factory), tmp_path_factory.mktemp("alone") / "run", of=TRAINING)
+    return json.loads((run / "summary.json").read_text())["fsc_truth_mean"]
+
+
+def submit(cluster, place: Path) -> str:
+    done = launching.launch(
+        place, "submit.py", "--config", "mine.yaml", *ON_TWO_NODES, *TRAINING, environment=cluster.environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.search(r"job (\d+) submitted", done.stdout)[1]
+
+
+def rows(place: Path) -> list[dict[str, str]]:
+    path = place / "runs/mine/metrics.csv"
+    if not path.exists():
+        return []
+    with open(path) as handle:
+        return list(csv.DictReader(handle))
+
+
+def log(place: Path) -> str:
+    """What rank 0 has said in all jobs, and the batch scripts."""
+    return "".join(path.read_text() for path in sorted(place.glob("runs/mine/jobs/*/*_0_log.out")))
+
+
+def wait_for_step(cluster, place: Path, step: int) -> dict[str, str]:
+    """The last row of metrics.csv once it is of this step or a later one."""
+    cluster.until(lambda: bool(rows(place)) and int(rows(place)[-1]["step"]) >= step, f"step {step}", 60)
+    return rows(place)[-1]
+
+
+def resumed_after(text: str) -> list[int]:
+    return [int(step) for step in re.findall(r"resumed after step (\d+) of", text)]
+
+
+def check_the_end(place: Path, left_alone: float) -> None:
+    summary = json.loads((place / "runs/mine/summary.json").read_text())
+    assert summary["fsc_truth_mean"] == pytest.approx(left_alone, abs=0.01) and left_alone > 0.7
+    wanted = {*range(LOOK_EVERY, STEPS + 1, LOOK_EVERY), *range(STEPS_AN_EPOCH, STEPS + 1, STEPS_AN_EPOCH)}
+    assert [int(row["step"]) for row in rows(place)] == sorted(wanted)
+    assert not (place / "runs/mine/lock.json").exists()
+
+
+def check_little_was_lost(before: list[dict[str, str]], place: Path) -> None:
+    """Of the work that was seen to be done, no more than a checkpoint's interval."""
+    (step,) = set(resumed_after(log(place)))
+    saved = max((float(row["seconds"]) for row in before if int(row["step"]) <= step), default=0.0)
+    assert float(before[-1]["seconds"]) - saved < EVERY_S + 2
+
+
+def test_preempted_by_a_partition_of_higher_priority(slurm, place, left_alone):
+    job = submit(slurm, place)
+    seen = wait_for_step(slurm, place, 30)
+    other = slurm.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert slurm.wait(other) == "COMPLETED"
+    assert slurm.wait(job) == "COMPLETED", log(place)
+    assert "interrupted: asked to go by SIGUSR2, saved after step" in log(place)
+    assert resumed_after(log(place))[0] >= int(seen["step"])
+    check_the_end(place, left_alone)
+
+
+def test_hit_by_the_time_limit_under_the_plain_script(slurm, place, left_alone):
+    environment = slurm.environment | {"PYTHON": sys.executable, "PYTHONPATH": str(place)}
+    # Slurm looks at limits every half minute and warns up to as much early.
+    limits = ["--time=1", "--signal=USR2@35"]
+    words = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", *limits, f"--output={place}/log"]
+    job = slurm.sbatch(
+        *words, "slurm/train.sbatch", "--config", "mine.yaml", *TRAINING, "train.epochs=50", cwd=place, env=environment
+    )
+    assert slurm.wait(job, seconds=150) == "COMPLETED", (place / "log").read_text()
+    print((place / "log").read_text())
+    assert "interrupted" in (place / "log").read_text()
+
+
+def test_queued_again_by_hand(slurm, place, left_alone):
+    job = submit(slurm, place)
+    seen = wait_for_step(slurm, place, 30)
+    slurm.ask("scontrol", "requeue", job)
+    assert slurm.wait(job) == "COMPLETED", log(place)
+    assert "interrupted: asked to go by SIGTERM, saved after step" in log(place)
+    assert resumed_after(log(place))[0] >= int(seen["step"])
+    check_the_end(place, left_alone)
+
+
+def pid_of_rank(place: Path, rank: int) -> int:
+    return int(re.search(rf"rank {rank} of 2 \(submitit\): host \S+, pid (\d+)", log(place))[1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed(rank, slurm, place, left_alone):
+    job = submit(slurm, place)
+    wait_for_step(slurm, place, 60)
+    os.kill(pid_of_rank(place, rank), signal.SIGKILL)
+    before = rows(place)
+    assert slurm.wait(job) == "FAILED", log(place)
+    assert slurm.wait(submit(slurm, place)) == "COMPLETED", log(place)
+    check_little_was_lost(before, place)
+    check_the_end(place, left_alone)
+
+
+def test_a_node_crashed(slurm, place, left_alone):
+    job = submit(slurm, place)
+    wait_for_step(slurm, place, 60)
+    slurm.crash_node(2)
+    time.sleep(0.5)
+    before = rows(place)
+    slurm.until(lambda: slurm.state(job) == "PENDING", "the job to be queued again", 60)
+    slurm.start_node(2)
+    assert slurm.wait(job) == "COMPLETED", log(place)
+    check_little_was_lost(before, place)
+    check_the_end(place, left_alone)
