@@ -13,7 +13,6 @@ from submitit.helpers import DelayedSubmission
 
 from cryosplat.config import Config
 
-
 QUEUEING_S = 60.0
 """How long ranks wait for rank 0 to queue the job again, which ends them."""
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -25,6 +26,7 @@ import training_set
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from cryosplat import distributed, train
+from cryosplat.descent import Descent
 from cryosplat.optimiser import GatedAdam
 from cryosplat.trainer import Trainer
 
@@ -172,6 +174,60 @@ def killed(folder: Path, argument: int, words: list[str]) -> int:
     return train.main(words)
 
 
+def asked(folder: Path, argument: int, words: list[str]) -> int:
+    """Train; before step ``argument`` the last rank, and no other, is sent SIGTERM. Steps take long enough to meet."""
+    step = Trainer._step
+
+    def watched_step(self, mine, counts, rate):
+        if self.progress.step == argument and self.world.rank == self.world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, mine, counts, rate)
+
+    Trainer._step = watched_step
+    return train.main(words)
+
+
+def asked_in_fit(folder: Path, argument: int, words: list[str]) -> int:
+    """Fit; before step ``argument`` of its first fit the last rank is sent SIGUSR2, and others are slow."""
+    step, last = Descent.step, int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+
+    def watched_step(self):
+        if self.steps == argument and last:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0 if last else 0.05)
+        step(self)
+
+    Descent.step = watched_step
+    return train.main(words)
+
+
+def stopped(folder: Path, argument: int, words: list[str]) -> int:
+    """Train; before step ``argument`` the last rank stops for good, and is killed some seconds later."""
+    step = Trainer._step
+
+    def watched_step(self, mine, counts, rate):
+        if self.progress.step == argument and self.world.rank == self.world.size - 1:
+            subprocess.Popen(["sh", "-c", f"sleep 12; kill -9 {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        step(self, mine, counts, rate)
+
+    Trainer._step = watched_step
+    return train.main(words)
+
+
+def mortal(folder: Path, argument: int, words: list[str]) -> int:
+    """Train, in steps of 10 ms and more, and die without a word after ``argument`` ms, whatever is done then."""
+    step = Trainer._step
+
+    def slow_step(self, mine, counts, rate):
+        time.sleep(0.01)
+        step(self, mine, counts, rate)
+
+    Trainer._step = slow_step
+    threading.Timer(argument / 1000, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return train.main(words)
+
+
 def plain(folder: Path, argument: int, words: list[str]) -> int:
     """Train, and keep the summary that this rank is given."""
     ended = train.train
@@ -185,7 +241,8 @@ def plain(folder: Path, argument: int, words: list[str]) -> int:
     return train.main(words)
 
 
-PROGRAMS = {program.__name__: program for program in (recorded, counted, poisoned, killed, plain)}
+ALL = (recorded, counted, poisoned, killed, asked, asked_in_fit, stopped, mortal, plain)
+PROGRAMS = {program.__name__: program for program in ALL}
 
 
 # The launcher
