@@ -1,10 +1,12 @@
 """The lock of a run directory: one job at a time writes there, and what a dead one has left stands in nobody's way.
 
-A lock is a file, lock.json, made with O_EXCL, which NFS honours too. It says who holds it, and its modification time is
-renewed while the holder lives. Whether a holder lives is asked, in this order, of its process (if it is one of this
-machine), of Slurm (if it was a job), and of the age of its last sign of life, by the file server's clock alone.
+A lock is a file, lock.json, a name that is given only if nothing has it, which NFS honours too. It says who holds it,
+and its modification time is renewed while the holder lives. Whether a holder lives is asked, in this order, of its
+process (if it is one of this machine), of Slurm (if it was a job), and of the age of its last sign of life, by the file
+server's clock alone.
 """
 
+import errno
 import json
 import logging
 import os
@@ -117,12 +119,9 @@ class RunLock:
         finished = self.path.with_name(f".lock.{os.getpid()}.{mine.token[:8]}.json")
         try:
             finished.write_text(json.dumps(asdict(mine), indent=1) + "\n")
-            os.link(finished, self.path)
-        except FileExistsError:
-            return False
+            return _put(finished, self.path)
         finally:
             finished.unlink(missing_ok=True)
-        return True
 
     def _remove_if_stale(self, mine: Holder) -> None:
         found = _read(self.path)
@@ -145,7 +144,7 @@ class RunLock:
             if _read(aside) == found:
                 logger.warning("%s: taking over from %s: %s", self.path.parent, found or "an unreadable lock", reason)
             else:
-                os.link(aside, self.path)
+                _put(aside, self.path)
         finally:
             aside.unlink(missing_ok=True)
 
@@ -171,9 +170,27 @@ class RunLock:
                 continue  # a server that is away for a moment; the next beat will tell
 
 
+def _put(file: Path, path: Path) -> bool:
+    """Give a file a second name that nothing has yet; whether nothing had it."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        try:  # no second names here: a copy, which for a moment is not whole, but is there
+            with open(path, "x") as handle:
+                handle.write(file.read_text())
+        except FileExistsError:
+            return False
+    return True
+
+
 def _why_dead(found: Holder | None, mine: Holder, age: float) -> str | None:
     """Why a holder is held to be dead; None if it may be alive."""
-    if found is not None and (found.host, found.boot, found.namespace) == (mine.host, mine.boot, mine.namespace):
+    place = (mine.host, mine.boot, mine.namespace)
+    if found is not None and mine.boot and (found.host, found.boot, found.namespace) == place:
         return None if _started(found.pid) == found.started else "that process has ended"
     if found is not None and found.job and found.job == mine.job and found.restarts != mine.restarts:
         return "that was this job, before it was queued again"

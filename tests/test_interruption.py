@@ -83,10 +83,8 @@ def points(run_dir, tag="loss/full"):
 
 def check_alike(run_dir, expected):
     """Bit by bit the run that nothing happened to, and nothing left lying about."""
-    for ours, theirs in zip(
-        *(training_set.last_checkpoint(each)["trainer"]["mixtures"] for each in (run_dir, expected)), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    found, wanted = (training_set.last_checkpoint(each)["trainer"]["mixtures"] for each in (run_dir, expected))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
     np.testing.assert_array_equal(read_map(run_dir / "map.mrc")[0], read_map(expected / "map.mrc")[0])
     assert rows(run_dir) == rows(expected)
     assert points(run_dir) == points(expected)
@@ -203,11 +201,9 @@ def test_agreements_are_a_second_apart_whatever_a_step_takes(monkeypatch):
             assert watched.agree(step, save=step == 101) == (False, step == 101)
             met.append((step, clock[0]))
     assert met[0][0] == 101
-    assert all(
-        0.9 < later - earlier < 1.1 for (_, earlier), (at, later) in zip(met, met[1:], strict=False) if at < 1500
-    )
-    assert all(later - earlier < 1.3 for (_, earlier), (at, later) in zip(met, met[1:], strict=False) if at > 1700)
-    os.kill(os.getpid(), 0)
+    apart = [(step, later - earlier) for (_, earlier), (step, later) in zip(met, met[1:], strict=False)]
+    assert all(0.9 < seconds < 1.1 for step, seconds in apart if step < 1500)
+    assert all(seconds < 1.3 for step, seconds in apart if step > 1700)
     watched.note(signal.SIGUSR2)
     assert watched.agree(step, save=False) == (True, False) and watched.anybody() and watched.is_asked()
     assert watched.asked_by == "SIGUSR2"

@@ -1,6 +1,7 @@
 """The lock of a run directory: refused to a second job, taken over from a dead one, given back at the end."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -54,7 +55,12 @@ def test_a_second_one_of_a_living_process_is_refused_with_who_it_is(tmp_path):
 
 
 def test_of_a_process_that_was_killed_it_is_taken_over(tmp_path, caplog):
-    program = f"import os, signal; from cryosplat.runlock import *; RunLock(Path({str(tmp_path)!r})).acquire(); os.kill(os.getpid(), 9)"
+    program = f"""
+import os
+from cryosplat.runlock import Path, RunLock
+RunLock(Path({str(tmp_path)!r})).acquire()
+os.kill(os.getpid(), 9)
+"""
     assert subprocess.run([sys.executable, "-c", program]).returncode == -9
     assert names(tmp_path) == [NAME]
     lock = RunLock(tmp_path)
@@ -162,3 +168,17 @@ def test_a_living_holder_gives_signs_of_life(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_said_so(tmp_path):
     with pytest.raises(InputError, match="cannot write .*lock.json: No such file or directory"):
         RunLock(tmp_path / "nowhere").acquire()
+
+
+def test_where_files_cannot_have_two_names_it_is_a_copy(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(runlock.os, "link", refused)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    with pytest.raises(InputError, match="in use by process"):
+        RunLock(tmp_path).acquire()
+    assert names(tmp_path) == [NAME]
+    lock.release()
+    assert names(tmp_path) == []
