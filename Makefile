@@ -1,5 +1,5 @@
 # make demo    set up, simulate a small stack, reconstruct it with two processes, and say what came out
-# make test    set up and run the tests
+# make test    set up and run the tests; as root on Debian or Ubuntu it installs Slurm, which some of them need
 # make venv    set up only: .venv with the package, its dependencies and the compiled core
 # make lint    check style
 # make gpu-wheels   collect in build/wheels what a GPU machine without network lacks, for GPU_PYTHON=3.12 there

@@ -103,6 +103,7 @@ class CheckpointConfig:
 class DistributedConfig:
     backend: str = "auto"  # auto, gloo or nccl
     timeout_minutes: float = 30.0
+    share_gpus: bool = False  # let several ranks compute on one GPU
 
 
 @dataclass
@@ -303,6 +304,8 @@ def validate(config: Config) -> None:
         problems.append("data.null = 'phases' and data.null_shell_a go together: phases are random from there on")
     if config.train.device == "cpu" and config.distributed.backend == "nccl":
         problems.append("distributed.backend = 'nccl' needs train.device = 'cuda'; on CPUs it is 'gloo' (or 'auto')")
+    if config.distributed.share_gpus and config.distributed.backend == "nccl":
+        problems.append("distributed.share_gpus = True needs distributed.backend = 'gloo' (or 'auto'): NCCL cannot")
     if not config.run_dir.strip():
         problems.append("run_dir is empty: expected the folder that the run writes to")
     if problems:

@@ -1,7 +1,7 @@
 """Several processes as one run: the only module that says ``torch.distributed``.
 
 The same program runs alone, under torchrun, under submitit and under a bare
-srun; who started it is read from the environment. Host-side traffic (numbers,
+srun; ``placement`` reads from the environment who started it. Host-side traffic (numbers,
 objects, barriers) always goes over gloo, so it never waits for a GPU; only
 CUDA tensors go over NCCL.
 """
@@ -13,13 +13,11 @@ import gc
 import logging
 import os
 import re
-import shutil
 import socket
-import subprocess
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,14 +31,13 @@ from cryosplat._extension import core
 from cryosplat.config import Config
 from cryosplat.devices import find_facts, obstacles
 from cryosplat.errors import InputError, PeerError, PeerGone
+from cryosplat.placement import Placement, find_placement, tasks_left_out
 
 _LOG = logging.getLogger("cryosplat")
 
 Result = TypeVar("Result")
 LAST_TENSORS_S = 0.05
-FIRST_PORT, PORTS = 12000, 8000
-"""Ports drawn from the job's number: below 20000, where submitit's and Linux's own ranges begin."""
-
+PATIENCE = datetime.timedelta(days=365)
 
 PIECE = 1 << 24
 """Numbers summed at a time over ranks, 64 MiB in float."""
@@ -60,6 +57,7 @@ class World:
         backend: "gloo" or "nccl" for the tensors of ``device``; "none" for one process.
         launcher: "single", "torchrun", "submitit" or "srun".
         threads: CPU threads of this rank, as given to PyTorch.
+        patient: the process group of ``wait_for_main``.
     """
 
     rank: int
@@ -70,23 +68,12 @@ class World:
     backend: str
     launcher: str
     threads: int
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that writes files and talks."""
         return self.rank == 0
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What the launcher's environment says; ``address`` is empty for one process."""
-
-    launcher: str
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    address: str = ""
-    port: int = 0
 
 
 @contextlib.contextmanager
@@ -103,12 +90,10 @@ def join(config: Config) -> Iterator[World]:
     device = choose_device(config.train.device, placement.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = _choose_backend(config, device) if placement.size > 1 else "none"
-    if placement.size > 1:
-        _connect(placement, backend, config.distributed.timeout_minutes)
+    backend = _connect(placement, config, device)
     leave = backend == "gloo"
     try:
-        yield _survey(placement, device, backend, config.train.threads)
+        yield _survey(placement, device, backend, config)
         leave = True
     except BaseException as error:
         if placement.size > 1 and isinstance(error, RuntimeError) and PEER_GONE.search(str(error)):
@@ -140,100 +125,6 @@ def _forget_locals(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
     gc.collect()
-
-
-def find_placement(environment: Mapping[str, str]) -> Placement:
-    """Who started this process, and as which rank.
-
-    torchrun comes first, because it may run inside an srun or a submitit job;
-    submitit's local executor before Slurm, because it may run inside an
-    allocation.
-
-    Raises:
-        InputError: some of a launcher's variables are missing or are not numbers.
-
-    >>> find_placement({}).launcher
-    'single'
-    """
-    if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        return _torchrun(environment)
-    if environment.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in environment:
-        return _submitit_local(environment)
-    # A batch script and an interactive shell (srun --pty) have SLURM_PROCID=0 too, and are one process.
-    in_step = "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PTY_PORT" not in environment
-    if "SLURM_PROCID" in environment and (in_step or environment["SLURM_PROCID"] != "0"):
-        return _slurm(environment)
-    return Placement("single")
-
-
-def _torchrun(environment: Mapping[str, str]) -> Placement:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    _require(environment, names, "torchrun", "start the program with torchrun, or unset them for a single process")
-    rank, size, local_rank = (_number(environment, name) for name in names[:3])
-    return _placement("torchrun", rank, size, local_rank, environment["MASTER_ADDR"], _port(environment, 0))
-
-
-def _submitit_local(environment: Mapping[str, str]) -> Placement:
-    names = [f"SUBMITIT_LOCAL_{name}" for name in ("GLOBALID", "NTASKS", "LOCALID", "JOB_ID")]
-    _require(environment, names, "submitit", "submit the job anew with launch/submit.py")
-    rank, size, local_rank, job = (_number(environment, name) for name in names)
-    return _placement("submitit", rank, size, local_rank, "127.0.0.1", _port(environment, job))
-
-
-def _slurm(environment: Mapping[str, str]) -> Placement:
-    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
-    _require(environment, names, "srun", "start the program with srun inside the job")
-    rank, size, local_rank, job = (_number(environment, name) for name in names[:4])
-    nodes = environment["SLURM_STEP_NODELIST"]
-    # One node needs no name service; "node[1-2]" and "a,b" are several.
-    several = re.search(r"[,\[]", nodes) is not None
-    address = environment.get("MASTER_ADDR") or (first_host(nodes) if several else "127.0.0.1")
-    step = int(environment.get("SLURM_STEP_ID", "0"))
-    launcher = "submitit" if environment.get("SUBMITIT_EXECUTOR") == "slurm" else "srun"
-    return _placement(launcher, rank, size, local_rank, address, _port(environment, job + step))
-
-
-def _placement(launcher: str, rank: int, size: int, local_rank: int, address: str, port: int) -> Placement:
-    if not 0 <= rank < size or local_rank < 0:
-        raise InputError(f"{launcher}: rank {rank} (local {local_rank}) of {size} ranks is not possible")
-    return Placement(launcher, rank, size, local_rank, address, port)
-
-
-def _require(environment: Mapping[str, str], names: tuple[str, ...] | list[str], launcher: str, fix: str) -> None:
-    missing = [name for name in names if not environment.get(name)]
-    if missing:
-        there = [name for name in names if name not in missing]
-        raise InputError(
-            f"the environment is half set for {launcher}: {', '.join(there)} set, {', '.join(missing)} missing; {fix}"
-        )
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    if not re.fullmatch(r"\d+", environment[name]):
-        raise InputError(f"{name}={environment[name]!r} in the environment: expected a whole number")
-    return int(environment[name])
-
-
-def _port(environment: Mapping[str, str], job: int) -> int:
-    return _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else FIRST_PORT + job % PORTS
-
-
-def first_host(nodes: str) -> str:
-    """First name in a Slurm node list such as ``gpu[07-09,12],login1``, where Slurm puts rank 0.
-
-    Asks ``scontrol``; where that is not installed (inside a container) the list is read here.
-
-    >>> first_host("gpu[07-09,12],login1")
-    'gpu07'
-    """
-    if shutil.which("scontrol"):
-        answer = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
-        if answer.returncode == 0 and answer.stdout.strip():
-            return answer.stdout.split()[0]
-    match = re.match(r"([^,\[\]]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
-    if match is None:
-        raise InputError(f"cannot read the Slurm node list {nodes!r}; set MASTER_ADDR to the first node's name")
-    return "".join(part for part in match.groups() if part)
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -271,10 +162,21 @@ def _choose_backend(config: Config, device: torch.device) -> str:
     wanted = config.distributed.backend
     if wanted == "nccl" and device.type == "cpu":
         raise InputError("distributed.backend=nccl needs GPUs, and this rank computes on the CPU; use gloo or auto")
-    return {"cpu": "gloo", "cuda": "nccl"}[device.type] if wanted == "auto" else wanted
+    if wanted == "auto":
+        # NCCL refuses two ranks on one GPU.
+        return "nccl" if device.type == "cuda" and not config.distributed.share_gpus else "gloo"
+    return wanted
 
 
-def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None:
+def _connect(placement: Placement, config: Config, device: torch.device) -> str:
+    """Make the process group, if there are others; returns the backend of ``device``'s tensors."""
+    if placement.size == 1:
+        if tasks := tasks_left_out(placement, os.environ):
+            _LOG.warning(
+                "this job of Slurm has %d tasks, but this is one process alone, because srun has not started it", tasks
+            )
+        return "none"
+    backend = _choose_backend(config, device)
     address = f"[{placement.address}]" if ":" in placement.address else placement.address
     try:
         dist.init_process_group(
@@ -282,7 +184,7 @@ def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None
             init_method=f"tcp://{address}:{placement.port}",
             rank=placement.rank,
             world_size=placement.size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=datetime.timedelta(minutes=config.distributed.timeout_minutes),
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise InputError(
@@ -290,9 +192,29 @@ def _connect(placement: Placement, backend: str, timeout_minutes: float) -> None
             f"join the others at {placement.address}:{placement.port}: {str(error).splitlines()[0]} "
             f"(if hosts cannot reach each other by name, set GLOO_SOCKET_IFNAME to their network interface)"
         ) from error
+    return backend
 
 
-def _survey(placement: Placement, device: torch.device, backend: str, threads: int | None) -> World:
+@dataclass(frozen=True)
+class _Place:
+    """What a rank says of itself to the others; ``gpu`` is the UUID of its GPU, empty on the CPU."""
+
+    host: str
+    pid: int
+    device: str
+    gpu: str
+    cores: frozenset[int]
+
+    @classmethod
+    def of(cls, device: torch.device) -> "_Place":
+        name, gpu = str(device), ""
+        if device.type == "cuda":
+            facts = torch.cuda.get_device_properties(device)
+            name, gpu = f"{device} ({facts.name})", str(facts.uuid)
+        return cls(socket.gethostname(), os.getpid(), name, gpu, frozenset(os.sched_getaffinity(0)))
+
+
+def _survey(placement: Placement, device: torch.device, backend: str, config: Config) -> World:
     """Who is where: ranks on this host, cores of each, no GPU used twice; rank 0 logs a line a rank."""
     world = World(
         rank=placement.rank,
@@ -303,38 +225,43 @@ def _survey(placement: Placement, device: torch.device, backend: str, threads: i
         backend=backend,
         launcher=placement.launcher,
         threads=1,
+        patient=dist.new_group(backend="gloo", timeout=PATIENCE) if placement.size > 1 else None,
     )
-    cores = os.sched_getaffinity(0)
-    here = socket.gethostname()
-    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-    ranks = gather_objects((here, os.getpid(), str(device), gpu, cores), world)
-    if backend == "nccl":
-        _refuse_shared_gpus([(other[0], other[3]) for other in ranks])
-    neighbours = [other for other in ranks if other[0] == here]
-    # Cores that Slurm has bound to this rank alone are all its own; cores that ranks see in common are divided.
-    share = len(cores) // sum(1 for other in neighbours if cores & other[4])
-    if placement.launcher in ("srun", "submitit") and os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        share = min(share, int(os.environ["SLURM_CPUS_PER_TASK"]))
-    threads = threads or max(1, share)
+    mine = _Place.of(device)
+    places = gather_objects(mine, world)
+    if not config.distributed.share_gpus:
+        _refuse_shared_gpus([(place.host, place.gpu) for place in places], world)
+    neighbours = [place for place in places if place.host == mine.host]
+    threads = config.train.threads or _share_of_cores(mine, neighbours, placement.launcher)
     torch.set_num_threads(threads)
     world = dataclasses.replace(world, local_size=len(neighbours), threads=threads)
     every = gather_objects(threads, world)
     if world.is_main:
-        for rank, (host, pid, name, _, visible) in enumerate(ranks):
+        for rank, place in enumerate(places):
             _LOG.info(
-                f"rank {rank} of {world.size} ({world.launcher}): host {host}, pid {pid}, device {name}, "
-                f"{every[rank]} threads on {len(visible)} visible cores, backend {backend}"
+                f"rank {rank} of {world.size} ({world.launcher}): host {place.host}, pid {place.pid}, "
+                f"device {place.device}{place.gpu and f' {place.gpu}'}, {every[rank]} threads on "
+                f"{len(place.cores)} visible cores, backend {backend}"
             )
     return world
 
 
-def _refuse_shared_gpus(places: list[tuple[str, str | None]]) -> None:
-    """``places``: (host, GPU) of every rank."""
+def _share_of_cores(mine: _Place, neighbours: list[_Place], launcher: str) -> int:
+    # Cores that Slurm has bound to this rank alone are all its own; cores that ranks see in common are divided.
+    share = len(mine.cores) // sum(1 for place in neighbours if mine.cores & place.cores)
+    if launcher in ("srun", "submitit") and os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        share = min(share, int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, share)
+
+
+def _refuse_shared_gpus(places: list[tuple[str, str]], world: World) -> None:
+    """``places``: (host, UUID of the GPU, empty on the CPU) of every rank. Said by rank 0."""
     for rank, place in enumerate(places):
-        if place in places[:rank]:
-            raise InputError(
-                f"ranks {places.index(place)} and {rank} share a GPU of host {place[0]}, which NCCL cannot do; "
-                "start one rank a GPU, or set distributed.backend=gloo"
+        if place[1] and place in places[:rank]:
+            raise common_error(
+                f"ranks {places.index(place)} and {rank} share the GPU {place[1]} of host {place[0]}: start one rank a "
+                "GPU, or allow it with distributed.share_gpus=true (slower, and over gloo)",
+                world,
             )
 
 
@@ -433,6 +360,16 @@ def common_error(message: str, world: World) -> InputError:
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     sum_over_ranks(torch.zeros(1), world)
+
+
+def wait_for_main(world: World) -> None:
+    """Wait until every rank is here, however long rank 0 takes; all ranks call it.
+
+    For after what rank 0 does alone (maps, FSC), which may take longer than ``distributed.timeout_minutes``, as long as
+    other collectives wait for a rank that hangs. A rank 0 that ends meanwhile is noticed at once.
+    """
+    if world.size > 1:
+        dist.all_reduce(torch.zeros(1), group=world.patient)
 
 
 def apart(wrapped: nn.Module, world: World) -> contextlib.AbstractContextManager:

@@ -28,6 +28,9 @@ MAY_CHANGE = (
 )
 """Settings that do not change what a run computes, so that it may be resumed with others."""
 
+JOBS = "jobs"
+"""Folder of launch/submit.py in a run directory: its logs and the code that it runs. It alone makes no run."""
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -50,8 +53,8 @@ class RunState:
         return self.folder / "checkpoints"
 
 
-def open_run(config: Config) -> RunState:
-    """Find what is in the run directory, and write nothing yet; on one rank only.
+def find_run(config: Config) -> Path | None:
+    """The run directory if it holds a run that may go on with these settings, or is complete; None if it is unused.
 
     Raises:
         InputError: the directory holds something else, a run with other settings, or any run with resume=never; or it
@@ -59,14 +62,26 @@ def open_run(config: Config) -> RunState:
     """
     folder = Path(config.run_dir).expanduser()
     saved = folder / "config.yaml"
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.name == JOBS for path in folder.iterdir())):
         _require_writable(folder)
-        return RunState(folder)
+        return None
     if not saved.is_file():
         raise InputError(f"run_dir: {folder} exists and is no run of cryosplat (it has no config.yaml); choose another")
     if config.resume == "never":
         raise InputError(f"run_dir: {folder} holds a run; choose another, or let it go on with resume=auto")
     _refuse_changes(load_config(saved), config, folder)
+    return folder
+
+
+def open_run(config: Config) -> RunState:
+    """Find what is in the run directory, and write nothing yet; on one rank only.
+
+    Raises:
+        InputError: as ``find_run``.
+    """
+    folder = find_run(config)
+    if folder is None:
+        return RunState(Path(config.run_dir).expanduser())
     if (folder / "summary.json").is_file():
         return RunState(folder, resumed=True, summary=json.loads((folder / "summary.json").read_text()))
     run = RunState(folder, resumed=True)

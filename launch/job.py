@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from typing import Any
 
@@ -12,15 +13,21 @@ from cryosplat.config import Config
 
 @dataclasses.dataclass
 class TrainingJob:
-    """Called once by every task of the job; the tasks find each other in cryosplat.distributed."""
+    """Called once by every task of the job; the tasks find each other in cryosplat.distributed.
+
+    ``folder`` is where it was submitted: relative paths of the configuration start there, and not in the snapshot of
+    the code, in which the job starts.
+    """
 
     config: Config
+    folder: str
 
     def __call__(self) -> dict[str, Any]:
         # Here and not above, so that submitting to Slurm needs neither PyTorch nor the compiled core.
         from cryosplat.cli import run_command
         from cryosplat.train import ending, train
 
+        os.chdir(self.folder)
         summary: dict[str, Any] = {}
         status = run_command(lambda _: summary.update(train(self.config)), argparse.Namespace())
         if status:
@@ -30,4 +37,4 @@ class TrainingJob:
 
     def checkpoint(self) -> DelayedSubmission:
         """submitit asks this at a time limit or a preemption: the same job again, from the last checkpoint."""
-        return DelayedSubmission(TrainingJob(dataclasses.replace(self.config, resume="auto")))
+        return DelayedSubmission(dataclasses.replace(self, config=dataclasses.replace(self.config, resume="auto")))

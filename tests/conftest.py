@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import slurmcluster
 from backends import BACKENDS, backend_named
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -12,6 +13,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; set on all that is skipped for want of one")
+    if not hasattr(config, "workerinput"):  # in the process that starts xdist's workers, or in the only one
+        slurmcluster.begin_session()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,3 +57,36 @@ def backend(request):
     """The operators of ops, of the CUDA kernels run on the host, and of these on a GPU if there is one."""
     with backend_named(request.param) as module:
         yield module
+
+
+@pytest.fixture
+def slurm() -> Iterator[slurmcluster.Cluster]:
+    """A real Slurm of two nodes, for this test alone; its queue is emptied afterwards."""
+    with slurmcluster.cluster("1") as found:
+        yield found
+
+
+@pytest.fixture
+def slurm_net() -> Iterator[slurmcluster.Cluster]:
+    """The same, each node in a network of its own: no process of one finds another by the loopback."""
+    with slurmcluster.cluster("net") as found:
+        yield found
+
+
+def pytest_unconfigure(config) -> None:
+    if not hasattr(config, "workerinput"):
+        slurmcluster.end_session()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One worker runs all tests on Slurm: they would only wait for each other."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class SlurmTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "slurm" if "/test_slurm" in nodeid else super()._split_scope(nodeid)
+
+    return SlurmTogether(config, log)

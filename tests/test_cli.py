@@ -477,8 +477,9 @@ def test_a_run_directory_that_is_something_else_is_left_alone(command, tmp_path,
     assert run_dir.read_text() == "a file"
 
 
-def test_an_empty_run_directory_will_do(command, tmp_path, keys):
-    (tmp_path / "run").mkdir()
+@pytest.mark.parametrize("inside", ["", "jobs"])
+def test_an_empty_run_directory_will_do_or_one_with_the_files_of_jobs_alone(command, tmp_path, keys, inside):
+    (tmp_path / "run" / inside).mkdir(parents=True)
     with training_set.without_figures():
         assert command(*words_of(tmp_path, keys), main=train.main)[0] == 0
 

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ import torch
 from cryosplat import distributed
 from cryosplat.config import load_config
 from cryosplat.devices import Facts, Gpu
-from cryosplat.errors import InputError
+from cryosplat.errors import InputError, PeerError
+from cryosplat.placement import Placement, find_placement, first_host
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,9 +40,9 @@ LOCAL = {
 }
 
 
-def placement(*parts: dict, without: str = "") -> distributed.Placement:
+def placement(*parts: dict, without: str = "") -> Placement:
     environment = {name: value for part in parts for name, value in part.items() if name != without}
-    return distributed.find_placement(environment)
+    return find_placement(environment)
 
 
 def free_port() -> int:
@@ -73,11 +76,11 @@ def run_ranks(folder: Path, code: str, size: int = 2) -> list[tuple[int, str, st
 
 
 def test_without_a_launcher_there_is_one_process():
-    assert placement() == distributed.Placement("single", rank=0, size=1, local_rank=0)
+    assert placement() == Placement("single", rank=0, size=1, local_rank=0)
 
 
 def test_torchruns_variables_are_taken_as_they_are():
-    assert placement(TORCHRUN) == distributed.Placement("torchrun", 1, 4, 1, "gpu07", 29500)
+    assert placement(TORCHRUN) == Placement("torchrun", 1, 4, 1, "gpu07", 29500)
 
 
 def test_a_step_of_srun_meets_at_its_first_node_and_a_port_of_its_own():
@@ -103,8 +106,8 @@ def test_a_given_master_wins_over_the_derived_one():
     [("a1", "a1"), ("a1,b2", "a1"), ("gpu[07-09,12],x", "gpu07"), ("n-[3]", "n-3"), ("r[1-2]-ib", "r1-ib")],
 )
 def test_the_first_host_is_read_from_slurms_list_without_slurm(nodes, first, monkeypatch):
-    monkeypatch.setattr(distributed.shutil, "which", lambda name: None)
-    assert distributed.first_host(nodes) == first
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize("without", ["SLURM_STEP_NUM_TASKS", "SLURM_PTY_PORT"])
@@ -195,10 +198,43 @@ def log():
     logger.setLevel(level)
 
 
-def test_two_ranks_on_one_gpu_are_refused_where_nccl_would_hang():
-    distributed._refuse_shared_gpus([("a", "0"), ("a", "1"), ("b", "0")])
-    with pytest.raises(InputError, match="ranks 1 and 2 share a GPU of host a"):
-        distributed._refuse_shared_gpus([("a", "0"), ("a", "1"), ("a", "1")])
+def test_two_ranks_on_one_gpu_are_refused_and_rank_0_says_so():
+    def world(rank):
+        return distributed.World(rank, 3, 0, 1, torch.device("cpu"), "nccl", "srun", 1)
+
+    distributed._refuse_shared_gpus([("a", "GPU-0"), ("a", "GPU-1"), ("b", "GPU-0"), ("a", ""), ("a", "")], world(0))
+    shared = [("a", "GPU-0"), ("a", "GPU-1"), ("a", "GPU-1")]
+    with pytest.raises(InputError, match="ranks 1 and 2 share the GPU GPU-1 of host a.*distributed.share_gpus=true"):
+        distributed._refuse_shared_gpus(shared, world(0))
+    with pytest.raises(PeerError):
+        distributed._refuse_shared_gpus(shared, world(1))
+
+
+def test_a_rank_on_a_gpu_says_which_one(monkeypatch):
+    facts = types.SimpleNamespace(name="NVIDIA H100", uuid="0f3a-77")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    place = distributed._Place.of(torch.device("cuda", 1))
+    assert (place.device, place.gpu) == ("cuda:1 (NVIDIA H100)", "0f3a-77")
+    assert distributed._Place.of(torch.device("cpu")).gpu == ""
+
+
+def test_ranks_that_may_share_gpus_do_not_speak_over_nccl():
+    gpu = torch.device("cuda", 0)
+    assert distributed._choose_backend(load_config(None), gpu) == "nccl"
+    assert distributed._choose_backend(load_config(None, ["distributed.share_gpus=true"]), gpu) == "gloo"
+    with pytest.raises(InputError, match="distributed.share_gpus = True needs distributed.backend = 'gloo'"):
+        load_config(None, ["distributed.share_gpus=true", "distributed.backend=nccl"])
+
+
+def test_a_single_process_in_a_job_of_several_tasks_says_that_it_is_alone(monkeypatch, threads, log):
+    for name in (*TORCHRUN, *SRUN, *LOCAL):
+        monkeypatch.delenv(name, raising=False)
+    settings = load_config(None, ["train.device=cpu", "train.threads=1"])
+    for tasks, said in (("1", False), ("4", True)):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        with distributed.join(settings):
+            pass
+        assert any("this job of Slurm has 4 tasks, but this is one process alone" in line for line in log) == said
 
 
 @pytest.fixture
@@ -321,6 +357,32 @@ with distributed.join(load_config(None, ["train.device=cpu"])) as world:
 """
     first, second = run_ranks(tmp_path, code)  # its time limit is far below distributed.timeout_minutes
     assert first[0] != 0 and second[0] == 9
+
+
+SLOW = """
+import time
+from cryosplat import distributed
+from cryosplat.config import load_config
+
+with distributed.join(load_config(None, ["train.device=cpu", "distributed.timeout_minutes=0.05"])) as world:
+    if world.is_main:
+        time.sleep(5)
+    WAIT
+    distributed.barrier(world)
+"""
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_collectives_wait(tmp_path):
+    waited = run_ranks(tmp_path, SLOW.replace("WAIT", "distributed.wait_for_main(world)"))
+    assert [code for code, _, _ in waited] == [0, 0], waited
+    not_waited = run_ranks(tmp_path, SLOW.replace("WAIT", ""))
+    assert not_waited[1][0] != 0 and "Timed out" in not_waited[1][2], not_waited
+
+
+def test_a_rank_0_that_ends_is_noticed_by_those_that_wait_for_it(tmp_path):
+    code = SLOW.replace("time.sleep(5)", "import os; os._exit(9)").replace("WAIT", "distributed.wait_for_main(world)")
+    first, second = run_ranks(tmp_path, code)
+    assert first[0] == 9 and second[0] != 0
 
 
 def test_a_rank_that_raises_leaves_and_the_others_stop(tmp_path):

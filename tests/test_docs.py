@@ -24,6 +24,9 @@ from cryosplat.unpickle import read_pickle
 PAGES = [ROOT / name for name in ("README.md", "docs/formats.md", "docs/operations.md")]
 PAGES += sorted({ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")} - set(PAGES))
 FORMATS, OPERATIONS = ROOT / "docs/formats.md", ROOT / "docs/operations.md"
+CLUSTER = ROOT / "docs/cluster.md"
+FOLLOWED = [page for page in PAGES if page != CLUSTER]
+"""Pages whose commands this test runs; those of the other are run on a real Slurm by tests/test_slurm_launch.py."""
 
 LISTED = {
     "make demo": "installs and trains for minutes; run by hand from a fresh clone",
@@ -46,14 +49,12 @@ LISTED = {
     "tensorboard --logdir runs/my/tensorboard": "a server without an end",
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 1 --rdzv-endpoint first-host:12345 "
     "-m cryosplat.train --config my.yaml": "needs two machines",
-    "sbatch --ntasks-per-node 16 --cpus-per-task 2 slurm/train.sbatch --config my.yaml train.batch=128": "needs Slurm",
-    "RANKS=16 sbatch --nodes 2 --cpus-per-task 32 slurm/torchrun.sbatch --config my.yaml train.batch=128": "as above",
 }
 """Commands of the pages that this test does not run, and why not."""
 
 ALL_COMMANDS = [
     pytest.param(command, id=f"{page.name}: {command}")
-    for page in PAGES
+    for page in FOLLOWED
     for language, text in blocks(page)
     if language == "bash"
     for command in commands(text)
@@ -72,7 +73,7 @@ def desk(tmp_path_factory) -> Desk:
             patch.delenv(name)
         lay_out(folder)
         desk = Desk(folder)
-        for page in PAGES:
+        for page in FOLLOWED:
             desk.follow(page, LISTED)
     return desk
 
@@ -289,6 +290,10 @@ def literals() -> list[str]:
 def test_the_messages_explained_are_those_of_the_program():
     strings = literals()
     quoted = [row[0].strip("`") for row in table(OPERATIONS, "## Messages")]
+    failures = CLUSTER.read_text().partition("What the program says:")[2].partition("What Slurm says:")[0]
+    of_clusters = re.findall(r"^\| `([^`]+)` \|", failures, re.MULTILINE)
+    assert len(of_clusters) > 10
+    quoted += of_clusters
     unknown = [message for message in quoted if not any(message in string for string in strings)]
     assert len(quoted) > 20 and not unknown
 
