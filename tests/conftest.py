@@ -11,6 +11,12 @@ from backends import BACKENDS, backend_named
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; set on all that is skipped for want of one")
+    if not hasattr(config, "workerinput"):  # in the process that starts xdist's workers, or in the only one
+        slurmcluster.begin_session()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """So that ``-m gpu`` selects what the reasons of ``skipif`` say, before pytest makes its choice."""
@@ -65,12 +71,6 @@ def slurm_net() -> Iterator[slurmcluster.Cluster]:
     """The same, each node in a network of its own: no process of one finds another by the loopback."""
     with slurmcluster.cluster("net") as found:
         yield found
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; set on all that is skipped for want of one")
-    if not hasattr(config, "workerinput"):  # in the process that starts xdist's workers, or in the only one
-        slurmcluster.begin_session()
 
 
 def pytest_unconfigure(config) -> None:

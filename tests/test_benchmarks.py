@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import floors, gpu_checks, gpu_environment, roofline, scaling, step, wholejob
+from benchmarks import floors, gpu_checks, gpu_environment, predict, roofline, scaling, step, wholejob
 from benchmarks.gpu_runner import Checks, Failure, Result, Skip
 from benchmarks.machine import Machine
 from benchmarks.ops import mixture
@@ -226,3 +226,24 @@ def test_the_model_is_compared_with_the_work_of_one_rank_and_the_all_reduce():
     rows = scaling.predicted([times | {"ranks": 1, "cpu_s": 10.0}, times | {"ranks": 2, "cpu_s": 13.0}])
     assert [row["model_cpu_s"] for row in rows] == [10.0, 12.0]
     assert "| 2 | 8 | 13000.0 | 12000.0 | 2000.0 | 3000.0 | 1000.0 |" in scaling.measured_table(rows)
+
+
+def test_what_is_predicted_counts_what_the_kernels_meet():
+    """Against one pixel, tile and region at a time."""
+    gaussians, box, views = 21, 40, 3
+    found = predict.count(gaussians, box, views)
+    pixels = torch.arange(box)
+    first, last = predict.footprints(gaussians, box, views)
+    inside = (pixels[:, None] >= first[..., None, :]) & (pixels[:, None] <= last[..., None, :])  # (V, G, D, xy)
+    covered = inside[..., 0][..., None, :] & inside[..., 1][..., :, None]  # (V, G, y, x)
+    assert found["interactions"] == float(covered.sum())
+    for name, side in (("tiles", predict.TILE), ("regions", predict.REGION)):
+        met = torch.nn.functional.max_pool2d(covered.float(), side, ceil_mode=True)
+        assert found[name] == float(met.sum())
+    assert found["layers"] == gaussians / predict.TOGETHER * views
+
+
+def test_a_multiprocessor_holds_as_many_warps_as_registers_and_memory_allow():
+    assert predict.warps_held({"registers": 80, "shared": 27688}, 256) == 24
+    assert predict.warps_held({"registers": 33, "shared": 0}, 512) == 48
+    assert predict.warps_held({"registers": 16, "shared": 100 * 1024}, 256) == 16

@@ -121,7 +121,7 @@ def test_a_box_beyond_16_bits_is_refused():
 # What a hand may slip on: file, what is there, what stands there then.
 SLIPS = {
     "a tile's last row": ("draw.h", "extent.y.last - y, tile_side - 1)", "extent.y.last - y - 1, tile_side - 1)"),
-    "a chunk's last footprint": ("draw.h", "if (thread < count) staged.put", "if (thread + 1 < count) staged.put"),
+    "a chunk's last footprint": ("draw.h", "if (thread < count) {", "if (thread + 1 < count) {"),
     "a footprint's last column": ("gather.h", "column <= walk.last;", "column < walk.last;"),
     "a footprint's last row": ("gather.h", "if (row < walk.height) loaded", "if (row + 1 < walk.height) loaded"),
     "a group's last layer": ("gather.h", "first + i < layers.count); ++i", "first + i + 1 < layers.count); ++i"),

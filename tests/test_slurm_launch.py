@@ -89,7 +89,8 @@ def test_the_plain_script_says_with_its_exit_status_what_became_of_the_run(slurm
     environment = slurm.environment | {"PYTHON": sys.executable, "PYTHONPATH": str(place)}
     words = ["--ntasks-per-node=2", "--cpus-per-task=1", "--output=log", "slurm/train.sbatch", "--config", "mine.yaml"]
     job = slurm.sbatch(*words, "train.seed=13", cwd=place, env=environment)
-    assert slurm.wait(job) == "FAILED" and slurm.facts(job)["ExitCode"] == "2:0"
+    # The highest of all ranks': 143 is that of one that was ended because the other had left with 2 before it.
+    assert slurm.wait(job) == "FAILED" and slurm.facts(job)["ExitCode"] in ("2:0", "143:0")
     assert "error: row 13 is unlucky" in (place / "log").read_text()
 
 

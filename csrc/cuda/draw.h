@@ -105,11 +105,6 @@ struct StagedFootprints {
     shape[at] = {f.inverse_xx * T(half_log2_e), f.slope, scaled_yy, f.height};
     extent[at] = {T(f.x.last), exp2_of(-2 * scaled_yy), f.y, is_steep(f, mildest)};
   }
-
-  __device__ bool meets(int at, T x, int y) const {
-    const auto& e = extent[at];
-    return centre[at].first_x < x + tile_side && e.last_x >= x && e.y.first < y + tile_side && e.y.last >= y;
-  }
 };
 
 // Adds the part of a footprint that meets a tile, in the lane's columns x, x + 1, ...; y is the tile's first row.
@@ -173,17 +168,28 @@ __device__ inline Before count_before(int count, int* of_warps) {
   return before;
 }
 
-// The footprints of a chunk that a tile meets, in order. Returns their number; `mine` receives their places.
-template <class T>
-__device__ int pick(const StagedFootprints<T>& staged, int count, int x, int y, unsigned char* mine) {
-  const int lane = lane_of_warp();
+// Tiles of a region that a footprint meets, a bit each; (x, y) is the region's first pixel.
+__device__ inline unsigned tiles_met(Range in_x, Range in_y, int x, int y) {
+  unsigned along = 0, met = 0;
+#pragma unroll
+  for (int tile = 0; tile < tiles_along; ++tile)
+    if (in_x.first < x + (tile + 1) * tile_side && in_x.last >= x + tile * tile_side) along |= 1u << tile;
+#pragma unroll
+  for (int tile = 0; tile < tiles_along; ++tile)
+    if (in_y.first < y + (tile + 1) * tile_side && in_y.last >= y + tile * tile_side) met |= along << tile * tiles_along;
+  return met;
+}
+
+// The footprints of a chunk that a warp's tile meets, in order. Returns their number; `mine` receives their places.
+// `tiles` is zero beyond the last, to the end of the chunk.
+__device__ inline int pick(const unsigned short* tiles, int count, unsigned char* mine) {
+  const unsigned tile = 1u << warp_of_block(), before = (1u << lane_of_warp()) - 1;
   int picked = 0;
-  #pragma unroll 1
-  for (int first = 0; first < count; first += warp_lanes) {
-    const int at = first + lane;
-    const bool meets = at < count && staged.meets(at, T(x), y);
+#pragma unroll 1
+  for (int at = lane_of_warp(); at - lane_of_warp() < count; at += warp_lanes) {
+    const bool meets = tiles[at] & tile;
     const unsigned met = __ballot_sync(all_lanes, meets);
-    if (meets) mine[picked + __popc(met & ((1u << lane) - 1))] = static_cast<unsigned char>(at);
+    if (meets) mine[picked + __popc(met & before)] = static_cast<unsigned char>(at);
     picked += __popc(met);
   }
   __syncwarp();
@@ -197,12 +203,13 @@ __device__ void draw_region(const Source& footprint_of, const Bits& bits, Index 
                             int box, T mildest, T* __restrict__ images) {
   typedef cryosplat::cuda::Sets<lane_columns> Sets;
   __shared__ StagedFootprints<T> staged;
+  __shared__ unsigned short tiles[chunk];
   __shared__ int entries[chunk];
   __shared__ int of_warps[tiles_in_region];
   __shared__ unsigned char picked[tiles_in_region][chunk];
   const int thread = int(threadIdx.x), warp = warp_of_block(), set = lane_of_warp() / Sets::lanes;
-  const int tile_x = region % bits.regions_along * region_side + warp % tiles_along * tile_side;
-  const int tile_y = region / bits.regions_along * region_side + warp / tiles_along * tile_side;
+  const int region_x = region % bits.regions_along * region_side, region_y = region / bits.regions_along * region_side;
+  const int tile_x = region_x + warp % tiles_along * tile_side, tile_y = region_y + warp / tiles_along * tile_side;
   const int x = tile_x + lane_of_warp() % Sets::lanes * lane_columns;
   const unsigned* row = bits.words + bits.row(bits_layer, region);
   T sums[lane_columns][tile_side] = {};
@@ -216,9 +223,15 @@ __device__ void draw_region(const Source& footprint_of, const Bits& bits, Index 
       for (; left && rank < done + chunk; left &= left - 1, ++rank)
         entries[rank - done] = word * warp_lanes + __ffs(int(left)) - 1;
       __syncthreads();
-      if (thread < count) staged.put(thread, footprint_of(entries[thread]), mildest);
+      if (thread < count) {
+        const Footprint<T> footprint = footprint_of(entries[thread]);
+        staged.put(thread, footprint, mildest);
+        tiles[thread] = static_cast<unsigned short>(tiles_met(footprint.x, footprint.y, region_x, region_y));
+      } else if (thread < chunk) {
+        tiles[thread] = 0;
+      }
       __syncthreads();
-      const int mine = pick(staged, count, tile_x, tile_y, picked[warp]);
+      const int mine = pick(tiles, count, picked[warp]);
       for (int i = set; i < mine; i += Sets::in_warp)
         add_columns(staged, picked[warp][i], T(x), tile_y, T(tile_y), sums);
       __syncthreads();

@@ -101,6 +101,9 @@ struct QuadSums {
 template <bool is_aligned, class T>
 __device__ Quad<T> load_quad(const Walk<T>& walk, int column, int row, int stride) {
   const T* at = walk.residual + (row * stride + column);
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(at));  // the address comes from shared memory, which hides that
+#endif
   if constexpr (is_aligned) {
     return *reinterpret_cast<const Quad<T>*>(at);
   } else {
