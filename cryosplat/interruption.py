@@ -3,7 +3,8 @@
 A handler only notes the signal. What follows waits for a place where every rank can do it with the others: between
 two steps of training they agree, by a sum of three numbers about once a second, to go on, to save, or to save and go.
 A fit in the volume meets no other rank on its way; there a rank that was asked tells the others through the store by
-which they found each other, and each keeps its own fit.
+which they found each other, and each keeps its own fit. Where a rank works for long by itself and nothing is to be
+saved, it goes at once, as from Ctrl-C; the others notice.
 """
 
 import contextlib
@@ -11,11 +12,12 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from cryosplat import distributed
+from cryosplat.errors import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Watch:
         self.world = world
         self.asked_by = ""
         self.going = False
+        self._at_once: Callable[[], Interrupted] | None = None
         self._told, self._next_look = False, 0.0
         self._next_step, self._last = 0, (0, time.monotonic())
 
@@ -81,9 +84,23 @@ class Watch:
             self._told = bool(self.asked_by) or distributed.is_told("go", self.world)
         return self._told
 
+    @contextlib.contextmanager
+    def going_at_once(self, error: Callable[[], Interrupted]) -> Iterator[None]:
+        """Inside, which must hold no collective, a signal raises ``error()``, also one from before."""
+        self._at_once = error
+        try:
+            if self.asked_by:
+                raise error()
+            yield
+        finally:
+            self._at_once = None
+
     def note(self, number: int, _frame=None) -> None:
         """The handler."""
         self.asked_by = signal.Signals(number).name
+        error, self._at_once = self._at_once, None
+        if error is not None:
+            raise error()
 
 
 @contextlib.contextmanager
@@ -102,4 +119,4 @@ def watch(world: distributed.World) -> Iterator[Watch]:
     finally:
         for number, handler in before.items():
             # A rank that goes is not to be hurried: its exit status must say why.
-            signal.signal(number, signal.SIG_IGN if found.going else handler)
+            signal.signal(number, signal.SIG_IGN if found.going or found.asked_by else handler)

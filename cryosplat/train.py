@@ -151,14 +151,19 @@ class Run:
                     lambda report: self._report(report, monitor), lambda looked: self._after_step(looked, monitor)
                 )
                 if trainer.progress.epoch % config.maps.every == 0 or trainer.finished:
+                    self._measure(monitor)
                     evaluation = self._evaluate(monitor)
                     distributed.wait_for_main(self.world)
                 distributed.together(lambda: self._save(monitor), self.world)
                 if not trainer.finished:  # then what is left takes no longer than to begin again
                     self._go_if_asked(self._saved())
-            if evaluation is None and self.images_trained == 0:  # nothing to train, or only the products are missing
-                evaluation = self._evaluate(monitor)
-            suite = self._half_map_curves(evaluation)
+            missing = evaluation is None and self.images_trained == 0  # nothing to train, or only products are missing
+            if missing:
+                self._measure(monitor)
+            with self.watch.going_at_once(lambda: self._interrupted(self._saved())):
+                if missing:
+                    evaluation = self._evaluate(monitor)
+                suite = self._half_map_curves(evaluation)
             distributed.wait_for_main(self.world)
             summary = self._summary(evaluation, suite)
             if self.world.is_main:
@@ -178,7 +183,8 @@ class Run:
                 "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
             )
         where = {"device": world.device, "cache": self.memory.cache}
-        dataset = ParticleDataset(table, owned, data.box, data.invert, data.precision, **where)
+        with self.watch.going_at_once(lambda: self._interrupted("nothing is to be saved yet")):
+            dataset = ParticleDataset(table, owned, data.box, data.invert, data.precision, **where)
         logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
         return dataset
 
@@ -372,14 +378,14 @@ class Run:
         asked_by = f"by {self.watch.asked_by}" if self.watch.asked_by else "through another rank"
         return Interrupted(f"asked to go {asked_by}, {what}; the same command goes on from there ({self.run.folder})")
 
-    def _evaluate(self, monitor) -> Evaluation | None:
-        """Rank 0 alone; the others go on to the next epoch and wait for it in their first all-reduce.
-
-        Only held-out images are judged by all ranks, each by its own.
-        """
+    def _measure(self, monitor) -> None:
+        """Judge held-out images, if there are any; all ranks, each its own."""
         if self.holdout is not None:
             gains = self.holdout.measure(self.trainer.reconstruction)
             monitor.holdout(self.trainer.progress.step, self.trainer.progress.epoch, gains)
+
+    def _evaluate(self, monitor) -> Evaluation | None:
+        """Rank 0 alone; the others wait for it."""
         if not self.world.is_main:
             return None
         trainer = self.trainer

@@ -27,8 +27,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from cryosplat import distributed, train
 from cryosplat.descent import Descent
+from cryosplat.errors import is_first_rank
 from cryosplat.optimiser import GatedAdam
 from cryosplat.trainer import Trainer
+
+FEW = 20
+"""Steps of a ``mortal`` training."""
 
 TIMEOUT_S = 120
 """After which ranks that hang are killed; none takes ten seconds."""
@@ -201,6 +205,20 @@ def asked_in_fit(folder: Path, argument: int, words: list[str]) -> int:
     return train.main(words)
 
 
+def asked_while(folder: Path, argument: int, words: list[str]) -> int:
+    """Train; rank 0 is sent SIGUSR2 while it reads images (``argument`` 0) or evaluates (1)."""
+    owner, name = ((train, "ParticleDataset"), (train, "evaluate"))[argument]
+    work = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        if is_first_rank():
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return work(*args, **kwargs)
+
+    setattr(owner, name, watched)
+    return train.main(words)
+
+
 def stopped(folder: Path, argument: int, words: list[str]) -> int:
     """Train; before step ``argument`` the last rank stops for good, and is killed some seconds later."""
     step = Trainer._step
@@ -216,15 +234,20 @@ def stopped(folder: Path, argument: int, words: list[str]) -> int:
 
 
 def mortal(folder: Path, argument: int, words: list[str]) -> int:
-    """Train, in steps of 10 ms and more, and die without a word after ``argument`` ms, whatever is done then."""
-    step = Trainer._step
+    """Train and die without a word after ``argument`` ms, whatever is done then, or after FEW slow steps if that is
+    earlier; after minus ``argument`` ms at full speed, if it is negative."""
+    step, left = Trainer._step, [FEW]
 
     def slow_step(self, mine, counts, rate):
-        time.sleep(0.01)
+        time.sleep(0.05)
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
         step(self, mine, counts, rate)
 
-    Trainer._step = slow_step
-    threading.Timer(argument / 1000, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if argument > 0:
+        Trainer._step = slow_step
+    threading.Timer(abs(argument) / 1000, os.kill, (os.getpid(), signal.SIGKILL)).start()
     return train.main(words)
 
 
@@ -241,7 +264,7 @@ def plain(folder: Path, argument: int, words: list[str]) -> int:
     return train.main(words)
 
 
-ALL = (recorded, counted, poisoned, killed, asked, asked_in_fit, stopped, mortal, plain)
+ALL = (recorded, counted, poisoned, killed, asked, asked_in_fit, asked_while, stopped, mortal, plain)
 PROGRAMS = {program.__name__: program for program in ALL}
 
 

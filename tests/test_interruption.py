@@ -25,6 +25,8 @@ ASKED_AT, STOPPED_AT, FIT_ASKED_AT = 25, 30, 40
 SAVE_OFTEN = "checkpoint.every_minutes=1e-9"
 SAVE_SELDOM = "checkpoint.every_minutes=1000"
 DEATHS, EPOCHS = 20, 24
+LAST_DEATHS = [-700, -900, -1100, -1300, -1500]
+"""More than so many times FEW steps; and ms of the last lives, which come to the end and die over maps and figures."""
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"), "none", "single", 1)
 
@@ -49,7 +51,7 @@ def jobs(stack, tmp_path_factory):
         return Job(program, count, str(folder / name), words, argument)
 
     fit = {"of": training_set.VOLUME_SETTINGS}
-    moments = np.random.default_rng(4).integers(50, 1600, DEATHS).tolist()
+    moments = np.random.default_rng(4).integers(50, 1600, DEATHS).tolist() + LAST_DEATHS
     many = f"train.epochs={EPOCHS}"
     todo = {
         "one": job("one", "asked", 1, SAVE_SELDOM, argument=ASKED_AT),
@@ -59,6 +61,9 @@ def jobs(stack, tmp_path_factory):
         "fit": job("fit", "plain", 2, **fit),
         "asked in fit": job("asked in fit", "asked_in_fit", 2, argument=FIT_ASKED_AT, **fit),
         "asked in fit, on": job("asked in fit, on", "plain", 2, **fit),
+        "reading": job("reading", "asked_while", 2, argument=0, **fit),
+        "evaluating": job("evaluating", "asked_while", 2, argument=1, **fit),
+        "evaluating, on": job("evaluating, on", "plain", 2, **fit),
         "stopped": job("stopped", "stopped", 3, SAVE_OFTEN, "distributed.timeout_minutes=0.05", argument=STOPPED_AT),
         "stopped, on": job("stopped, on", "plain", 1, SAVE_OFTEN),
         "many": job("many", "plain", 1, many),
@@ -138,6 +143,23 @@ def test_a_fit_that_is_asked_to_go_is_kept_and_gone_on_with(jobs):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000000000.pt"]
 
 
+@pytest.mark.parametrize("name", ["reading", "evaluating"])
+def test_a_rank_that_works_by_itself_goes_at_once_and_the_others_notice(jobs, name):
+    folder, outcomes = jobs
+    assert outcomes[name].codes == [75, 2], outcomes[name].texts
+    text = "".join(outcomes[name].texts)
+    assert "Traceback" not in text and "rank 1 stops, because another rank has ended" in text
+    said = {"reading": "nothing is to be saved yet", "evaluating": "saved after step 0 of 0"}[name]
+    assert f"interrupted: asked to go by SIGUSR2, {said}" in text
+    if name == "reading":
+        assert not (folder / name / "run").exists()
+        return
+    assert outcomes["evaluating, on"].codes == [0, 0], outcomes["evaluating, on"].texts
+    run, expected = folder / name / "run", folder / "fit" / "run"
+    np.testing.assert_array_equal(read_map(run / "map.mrc")[0], read_map(expected / "map.mrc")[0])
+    assert (run / "volume_fit.csv").read_bytes() == (expected / "volume_fit.csv").read_bytes()
+
+
 def test_kept_fits_of_other_particles_are_not_gone_on_with(stack, tmp_path, monkeypatch, caplog):
     class Killed(BaseException):
         pass
@@ -214,8 +236,9 @@ def test_agreements_are_a_second_apart_whatever_a_step_takes(monkeypatch):
 
 def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(jobs):
     folder, outcomes = jobs
-    codes = [outcomes[f"died, {n}"].codes for n in range(DEATHS)]
-    assert codes.count([-signal.SIGKILL]) >= DEATHS - 2, codes  # the last may find it complete
+    codes = [outcomes[f"died, {n}"].codes for n in range(DEATHS + len(LAST_DEATHS))]
+    assert codes[:DEATHS] == [[-signal.SIGKILL]] * DEATHS
+    assert all(code in ([-signal.SIGKILL], [0]) for code in codes[DEATHS:]), codes  # the last may find it complete
     assert outcomes["died, on"].codes == [0], outcomes["died, on"].texts
     check_alike(folder / "died" / "run", folder / "many" / "run")
 

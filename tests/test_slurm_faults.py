@@ -25,14 +25,20 @@ ON_TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
 
 @pytest.fixture
 def place(tmp_path, tmp_path_factory) -> Path:
-    """A folder to submit from, with a package whose steps take long."""
+    """A folder to submit from, with a package whose steps take long until ``hurry``."""
     place = launching.make_place(tmp_path, tmp_path_factory, stand_in=False)
     trainer = place / "cryosplat" / "trainer.py"
     begin = "        self.optimiser.set_rate(rate)\n"
     text = trainer.read_text()
     assert text.count(begin) == 1
-    trainer.write_text(text.replace(begin, f"{begin}        time.sleep({STEP_S})\n"))
+    slow = f"time.sleep({STEP_S} * (not __import__('os').path.exists({str(place / 'hurry')!r})))"
+    trainer.write_text(text.replace(begin, f"{begin}        {slow}\n"))
     return place
+
+
+def hurry(place: Path) -> None:
+    """From now on steps take no longer than they must."""
+    (place / "hurry").touch()
 
 
 @pytest.fixture(scope="module")
@@ -92,25 +98,48 @@ def test_preempted_by_a_partition_of_higher_priority(slurm, place, left_alone):
     job = submit(slurm, place)
     seen = wait_for_step(slurm, place, 30)
     other = slurm.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    assert slurm.wait(other) == "COMPLETED"
+    slurm.wait(other, states=("RUNNING", "COMPLETED"))
+    hurry(place)
     assert slurm.wait(job) == "COMPLETED", log(place)
     assert "interrupted: asked to go by SIGUSR2, saved after step" in log(place)
     assert resumed_after(log(place))[0] >= int(seen["step"])
     check_the_end(place, left_alone)
 
 
+def run_script(cluster, place: Path, script: str, *options: str, **environment: str) -> str:
+    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(place)}
+    options = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--output=log", *options)
+    words = [*options, f"slurm/{script}", "--config", "mine.yaml", *TRAINING]
+    return cluster.sbatch(*words, cwd=place, env=cluster.environment | environment)
+
+
+def saved_after(text: str) -> list[int]:
+    return [int(step) for step in re.findall(r"asked to go by \w+, saved after step (\d+) of", text)]
+
+
 def test_hit_by_the_time_limit_under_the_plain_script(slurm, place, left_alone):
     """Slurm looks at limits every half minute, so that the warning comes 10 to 40 s after the start."""
     trainer = place / "cryosplat" / "trainer.py"
-    trainer.write_text(trainer.read_text().replace(f"sleep({STEP_S})", "sleep(0.5)"))
-    environment = slurm.environment | {"PYTHON": sys.executable, "PYTHONPATH": str(place)}
-    words = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=1", "--signal=USR2@20", "--output=log"]
-    program = ["slurm/train.sbatch", "--config", "mine.yaml", *TRAINING]
-    job = slurm.sbatch(*words, *program, cwd=place, env=environment)
-    assert slurm.wait(job, seconds=170) == "COMPLETED", (place / "log").read_text()
+    trainer.write_text(trainer.read_text().replace(f"sleep({STEP_S} ", "sleep(0.5 "))
+    job = run_script(slurm, place, "train.sbatch", "--time=1", "--signal=USR2@20")
+    slurm.wait(job, states=("RUNNING",))
+    slurm.until(lambda: slurm.state(job) != "RUNNING", "the job to be queued again", 60)
+    hurry(place)
+    assert slurm.wait(job) == "COMPLETED", (place / "log").read_text()
     text = (place / "log").read_text()
-    saved = [int(step) for step in re.findall(r"asked to go by SIGUSR2, saved after step (\d+) of", text)]
-    assert saved and resumed_after(text) == saved
+    assert saved_after(text) and saved_after(text) == resumed_after(text)
+    check_the_end(place, left_alone)
+
+
+def test_warned_under_the_script_for_torchrun(slurm, place, left_alone):
+    job = run_script(slurm, place, "torchrun.sbatch", RANKS="1")
+    seen = wait_for_step(slurm, place, 30)
+    slurm.ask("scancel", "--batch", "--signal=USR2", job)  # as --signal=B:USR2 before the time limit
+    slurm.until(lambda: slurm.state(job) != "RUNNING", "the job to be queued again", 60)
+    hurry(place)
+    assert slurm.wait(job) == "COMPLETED", (place / "log").read_text()
+    text = (place / "log").read_text()
+    assert saved_after(text) == resumed_after(text) and saved_after(text)[0] >= int(seen["step"])
     check_the_end(place, left_alone)
 
 
@@ -118,22 +147,33 @@ def test_queued_again_by_hand(slurm, place, left_alone):
     job = submit(slurm, place)
     seen = wait_for_step(slurm, place, 30)
     slurm.ask("scontrol", "requeue", job)
+    slurm.until(lambda: slurm.state(job) != "RUNNING", "the job to be queued again", 60)
+    hurry(place)
     assert slurm.wait(job) == "COMPLETED", log(place)
     assert "interrupted: asked to go by SIGTERM, saved after step" in log(place)
     assert resumed_after(log(place))[0] >= int(seen["step"])
     check_the_end(place, left_alone)
 
 
-def pid_of_rank(place: Path, rank: int) -> int:
-    return int(re.search(rf"rank {rank} of 2 \(submitit\): host \S+, pid (\d+)", log(place))[1])
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed(rank, slurm, place, left_alone):
+def test_cancelled_is_saved_and_not_queued_again(slurm, place, left_alone):
     job = submit(slurm, place)
-    wait_for_step(slurm, place, 60)
-    os.kill(pid_of_rank(place, rank), signal.SIGKILL)
+    seen = wait_for_step(slurm, place, 30)
+    slurm.ask("scancel", job)
+    assert slurm.wait(job) == "CANCELLED"
+    slurm.until(lambda: "interrupted: asked to go by SIGTERM" in log(place), "the run to say that it has saved", 20)
+    hurry(place)
+    assert slurm.wait(submit(slurm, place)) == "COMPLETED", log(place)
+    assert slurm.state(job) == "CANCELLED" and resumed_after(log(place))[0] >= int(seen["step"])
+    check_the_end(place, left_alone)
+
+
+def test_a_rank_killed(slurm, place, left_alone):
+    job = submit(slurm, place)
+    wait_for_step(slurm, place, 50)
+    rank_0 = int(re.search(r"rank 0 of 2 \(submitit\): host \S+, pid (\d+)", log(place))[1])
+    os.kill(rank_0, signal.SIGKILL)
     before = rows(place)
+    hurry(place)
     assert slurm.wait(job) == "FAILED", log(place)
     assert slurm.wait(submit(slurm, place)) == "COMPLETED", log(place)
     check_little_was_lost(before, place)
@@ -142,10 +182,11 @@ def test_a_rank_killed(rank, slurm, place, left_alone):
 
 def test_a_node_crashed(slurm, place, left_alone):
     job = submit(slurm, place)
-    wait_for_step(slurm, place, 60)
+    wait_for_step(slurm, place, 50)
     slurm.crash_node(2)
-    time.sleep(0.5)
+    time.sleep(0.5)  # what rank 0 was at
     before = rows(place)
+    hurry(place)
     slurm.until(lambda: slurm.state(job) == "PENDING", "the job to be queued again", 60)
     slurm.start_node(2)
     assert slurm.wait(job) == "COMPLETED", log(place)
