@@ -16,28 +16,27 @@ from omegaconf import OmegaConf
 
 from cryosplat import checkpoint, distributed, fitkeeping, interruption
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
-from cryosplat.config import Config, check_files, load_config, save_config
+from cryosplat.config import Config, check_files, load_config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.ending import ending
 from cryosplat.errors import InputError, Interrupted, is_first_rank, said_by_the_first
-from cryosplat.evaluation import Evaluation, evaluate, particle_example, read_comparison
+from cryosplat.evaluation import Evaluation, evaluate, read_comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.fitkeeping import FitKeeper
-from cryosplat.fscsuite import FscSuite, fsc_suite
+from cryosplat.fscsuite import FscSuite
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.holdout import HoldOut
 from cryosplat.linearmaps import linear_maps, require_sign, require_signal
 from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
-from cryosplat.metrics import read_metrics, read_volume_fit
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
-from cryosplat.outputs import write_run_outputs
 from cryosplat.particles import ParticleTable, read_particles
+from cryosplat.products import half_map_curves, hardware, log_evaluation, write_products
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runlock import RunLock
 from cryosplat.runs import RunState, begin_run, give_up_run, open_run
 from cryosplat.sampling import BatchPlan
 from cryosplat.trainer import Report, Trainer
-from cryosplat.volumefit import Fitted, Problem, fit_all, whole
+from cryosplat.volumefit import Fitted, Problem, fit_all, make_problems
 
 logger = logging.getLogger("cryosplat.train")  # __name__ is __main__ under python -m
 
@@ -145,7 +144,7 @@ class Run:
             self.next_checkpoint = time.monotonic() + 60 * config.checkpoint.every_minutes
             if self.fit_gains:
                 monitor.volume_fit(self.fit_gains)
-                self._save(monitor)  # what comes next may be cut short
+                distributed.together(lambda: self._save(monitor), self.world)  # what comes next may be cut short
             while not trainer.finished:
                 trainer.run_epoch(
                     lambda report: self._report(report, monitor), lambda looked: self._after_step(looked, monitor)
@@ -163,11 +162,11 @@ class Run:
             with self.watch.going_at_once(lambda: self._interrupted(self._saved())):
                 if missing:
                     evaluation = self._evaluate(monitor)
-                suite = self._half_map_curves(evaluation)
+                suite = half_map_curves(self.linear, evaluation, trainer.reconstruction.pixel_size_a)
             distributed.wait_for_main(self.world)
             summary = self._summary(evaluation, suite)
             if self.world.is_main:
-                self._write(evaluation, suite, summary)
+                write_products(config, self.run.folder, trainer, evaluation, suite, summary)
         return summary
 
     def _read_table(self) -> ParticleTable:
@@ -262,18 +261,7 @@ class Run:
             return mixture
         problems = None
         if halves is not None:
-            halves = (whole(halves), *halves) if len(halves) == 2 else halves
-            problems = [
-                Problem(
-                    half,
-                    dataset.pixel_size_a,
-                    name,
-                    seed=self.config.train.seed * 1_000_003 + m,
-                    share=1.0 if m == 0 else 0.5,
-                    held_out=self.held_out,
-                )
-                for m, (half, name) in enumerate(zip(halves, MODEL_NAMES, strict=False))
-            ]
+            problems = make_problems(halves, dataset.pixel_size_a, MODEL_NAMES, self.config.train.seed, self.held_out)
         settings = replace(model, scale=start), self.config.volume, scale_range
         began = time.perf_counter()
         fitted = self._fit_all(problems, models, settings, plan)
@@ -342,7 +330,7 @@ class Run:
         monitor = Monitor(self.run.folder, self.trainer.total_steps, step, self.run.resumed)
         if not self.run.resumed:
             monitor.text("run/config", f"```yaml\n{OmegaConf.to_yaml(OmegaConf.structured(self.config))}```")
-            monitor.text("run/hardware", _hardware(self.world))
+            monitor.text("run/hardware", hardware(self.world))
         return monitor
 
     def _report(self, report: Report, monitor) -> None:
@@ -390,25 +378,7 @@ class Run:
             return None
         trainer = self.trainer
         evaluation = evaluate(trainer.reconstruction, self.comparison, self.linear)
-        example = trainer.dataset.batch(trainer.dataset.owned[:1])
-        resolutions = {
-            name: found.angstrom
-            for name, found in (
-                ("calibrated_0.5", evaluation.calibrated and evaluation.calibrated.resolution),
-                ("naive_half_map_0.143", evaluation.naive),
-                ("truth_0.5", evaluation.truth),
-            )
-            if found is not None
-        }
-        monitor.evaluation(
-            trainer.progress.step,
-            trainer.progress.epoch,
-            evaluation.curves,
-            resolutions,
-            {"map": evaluation.for_the_eye()} | {n: v for n, v in evaluation.maps.items() if n.startswith("mixture")},
-            particle_example(trainer.reconstruction, example),
-            trainer.reconstruction.pixel_size_a,
-        )
+        log_evaluation(monitor, trainer, evaluation)
         return evaluation
 
     def _save(self, monitor) -> None:
@@ -438,16 +408,6 @@ class Run:
             "training": self.before["training"] + self.training_seconds,
         }
 
-    def _half_map_curves(self, evaluation: Evaluation | None) -> FscSuite | None:
-        """All curves of the linear half maps, on rank 0."""
-        if self.linear is None:
-            return None
-        halves = evaluation.maps["half_a"], evaluation.maps["half_b"]
-        suite = fsc_suite(*halves, self.trainer.reconstruction.pixel_size_a, self.linear.mask)
-        for warning in suite.warnings:
-            logger.warning("linear half maps: %s", warning)
-        return suite
-
     def _summary(self, evaluation: Evaluation | None, suite: FscSuite | None) -> dict[str, Any]:
         trainer, seconds = self.trainer, self._seconds()
         ranks = distributed.gather_objects((time.process_time(), peak_memory_gib(self.world.device)), self.world)
@@ -476,42 +436,6 @@ class Run:
         if suite is not None:
             summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
         return distributed.broadcast_object(summary, self.world)
-
-    def _write(self, evaluation: Evaluation, suite: FscSuite | None, summary: dict[str, Any]) -> None:
-        reconstruction = self.trainer.reconstruction
-        box, pixel_size_a = reconstruction.box, reconstruction.pixel_size_a
-        mixtures = {
-            name: {
-                key: value.cpu().numpy() for key, value in reconstruction.mixture.export(m, box, pixel_size_a).items()
-            }
-            for m, name in enumerate(MODEL_NAMES[: reconstruction.mixture.models])
-        }
-        curves = dict(evaluation.curves)
-        if suite is not None:
-            curves |= {name: curve for name, curve in suite.curves.items() if name != "masked"}
-        save_config(self.config, self.run.folder / "config.yaml")
-        write_run_outputs(
-            self.run.folder,
-            maps=evaluation.maps,
-            mixtures=mixtures,
-            curves=curves,
-            summary=summary,
-            for_the_eye=evaluation.for_the_eye(),
-            suite=suite,
-            rotations=self.trainer.table.rotations,
-            pixel_size_a=pixel_size_a,
-            metrics=read_metrics(self.run.folder / "metrics.csv"),
-            volume_fit=read_volume_fit(self.run.folder / "volume_fit.csv"),
-            overwrite=True,
-        )
-
-
-def _hardware(world: distributed.World) -> str:
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    return (
-        f"{world.size} ranks ({world.launcher}, {world.backend}), {world.threads} CPU threads each, on {device}; "
-        f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}"
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

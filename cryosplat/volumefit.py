@@ -128,6 +128,22 @@ def whole(halves: tuple[LinearHalf, LinearHalf]) -> LinearHalf:
     return LinearHalf(volume, variance, halves[0].equations + halves[1].equations)
 
 
+def make_problems(
+    halves: tuple[LinearHalf, ...],
+    pixel_size_a: float,
+    names: Sequence[str],
+    seed: int,
+    held_out: NormalEquations | None,
+) -> list[Problem]:
+    """What the models of a run are fitted to: both halves, and before them the whole of both; or the one of all."""
+    linear = (whole(halves), *halves) if len(halves) == 2 else halves
+    shares = (1.0, 0.5, 0.5)
+    return [
+        Problem(half, pixel_size_a, names[m], seed * 1_000_003 + m, shares[m], held_out)
+        for m, half in enumerate(linear)
+    ]
+
+
 def fit(
     problem: Problem,
     model: ModelConfig,

@@ -420,7 +420,7 @@ def whole(run_dir):
     return {path.name for path in files}
 
 
-def test_a_disk_that_fills_up_stops_all_ranks_with_one_error(jobs, small_disks):
+def test_a_disk_that_fills_up_stops_all_ranks_with_one_error(stack, jobs, small_disks, reference_run):
     if len(small_disks) < 2:
         pytest.skip("needs the right to mount a small tmpfs")
     for count, disk, file in ((2, small_disks[0], "step_000000019.pt"), (1, small_disks[1], "mixture.mrc")):
@@ -435,3 +435,8 @@ def test_a_disk_that_fills_up_stops_all_ranks_with_one_error(jobs, small_disks):
     left, products = (whole(disk / "run") for disk in small_disks)
     assert not any(name.endswith(".pt") for name in left)
     assert "step_000000057.pt" in products and "summary.json" not in products
+    # And when there is room, the same command goes on from the checkpoint that was saved before.
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disks[1])], check=True)
+    run_dir = training_set.trained(stack, small_disks[1] / "run")
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == STEPS
+    assert numbers(run_dir) == numbers(reference_run)
