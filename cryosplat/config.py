@@ -265,7 +265,7 @@ def find_config(name: str | os.PathLike) -> Path:
             if candidate.is_file():
                 return candidate
     known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    looked = " or ".join(str(folder.resolve()) for folder in folders)
+    looked = " or ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
     hint = f"; configs/ has {', '.join(known)}" if bare and known else ""
     raise InputError(f"no configuration file {name} in {looked}{hint}")
 
