@@ -101,21 +101,10 @@ def join(config: Config) -> Iterator[World]:
         yield _survey(placement, device, backend, config)
         leave = True
     except BaseException as error:
-        if placement.size > 1 and isinstance(error, RuntimeError) and PEER_GONE.search(str(error)):
-            # What went wrong is for that rank to say; where in this one's code it was missed helps nobody.
-            _LOG.warning("rank %d stops, because another rank has ended", placement.rank)
+        gone = _missed_peer(error, placement, config.distributed.timeout_minutes)
+        if gone is not None:
             leave = False  # it may wait for ever
-            raise PeerGone("another rank has ended") from error
-        if placement.size > 1 and isinstance(error, RuntimeError) and TIMED_OUT.search(str(error)):
-            minutes = config.distributed.timeout_minutes
-            said = (
-                f"rank {placement.rank} of {placement.size} on {socket.gethostname()} has waited {minutes:g} minutes "
-                f"in vain for another rank ({_doing}): one hangs or has lost its network. Started again, the run goes "
-                "on from its last checkpoint; if a rank was only slow, raise distributed.timeout_minutes"
-            )
-            _LOG.error(said)
-            leave = False
-            raise PeerGone(said) from error
+            raise gone from error
         if placement.size > 1:
             _forget_locals(error)
         raise
@@ -128,6 +117,25 @@ def join(config: Config) -> Iterator[World]:
             gc.collect()
             time.sleep(LAST_TENSORS_S)
             dist.destroy_process_group()
+
+
+def _missed_peer(error: BaseException, placement: Placement, timeout_minutes: float) -> PeerGone | None:
+    """What to raise, once it is logged, if another rank has ended or does not come; None if it is something else."""
+    if placement.size == 1 or not isinstance(error, RuntimeError):
+        return None
+    if PEER_GONE.search(str(error)):
+        # What went wrong is for that rank to say; where in this one's code it was missed helps nobody.
+        _LOG.warning("rank %d stops, because another rank has ended", placement.rank)
+        return PeerGone("another rank has ended")
+    if not TIMED_OUT.search(str(error)):
+        return None
+    said = (
+        f"rank {placement.rank} of {placement.size} on {socket.gethostname()} has waited {timeout_minutes:g} minutes "
+        f"in vain for another rank ({_doing}): one hangs or has lost its network. Started again, the run goes on from "
+        "its last checkpoint; if a rank was only slow, raise distributed.timeout_minutes"
+    )
+    _LOG.error(said)
+    return PeerGone(said)
 
 
 def doing(what: str) -> None:

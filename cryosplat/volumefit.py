@@ -229,10 +229,13 @@ def fit_all(
 
     def fit_mine() -> dict[int, Fitted]:
         done = {}
-        for m, problem in mine:
-            with contextlib.suppress(Interrupted):
-                done[m] = fit(problem, *settings, world.device, keeper)
-        return done
+        try:
+            for m, problem in mine:
+                with contextlib.suppress(Interrupted):
+                    done[m] = fit(problem, *settings, world.device, keeper)
+            return done
+        finally:
+            distributed.wait_for_main(world)  # and for every other rank: fits may take longer than a collective waits
 
     done = distributed.together(fit_mine, world)
     fitted = [distributed.broadcast_object(done.get(m), world, m % world.size) for m in range(models)]
