@@ -126,8 +126,14 @@ def _complete_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def cut_events(folder: Path, last_step: int) -> None:
+_OF_EVALUATIONS = ("resolution/", "fsc/", "map/", "particles/", "holdout/")
+"""How tags begin that are logged when maps are evaluated, and not with a step."""
+
+
+def cut_events(folder: Path, last_step: int, evaluated: bool = True) -> None:
     """Take the events after ``last_step``, and a torn last record, out of the event files of a folder.
+
+    Also those of the evaluation after ``last_step``, if it is not ``evaluated`` for good but is going to be again.
 
     TensorBoard has a message for this (SessionLog.START), but its default loader does not know it and shows the
     points of a tag until that tag goes back in steps by itself.
@@ -140,10 +146,11 @@ def cut_events(folder: Path, last_step: int) -> None:
         kept = []
         for record in _records(content):
             try:
-                step = Event.FromString(record[12:-4]).step
+                event = Event.FromString(record[12:-4])
             except DecodeError:
                 break
-            if step <= last_step:
+            of_evaluation = any(value.tag.startswith(_OF_EVALUATIONS) for value in event.summary.value)
+            if event.step < last_step or (event.step == last_step and (evaluated or not of_evaluation)):
                 kept.append(record)
         if sum(map(len, kept)) < len(content):
             with atomic_path(path) as temporary:

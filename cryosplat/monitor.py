@@ -113,7 +113,8 @@ class Monitor:
             seconds_before = cut_metrics(metrics, start_step)
             self._log_file = stack.enter_context(_log_to(self._run_dir / "run.log"))
             self._metrics = _open_for_append(metrics, stack)
-            self._writer = _tensorboard(events, start_step, stack)
+            # A run that has done all its steps is evaluated again, whether or not it was before.
+            self._writer = _tensorboard(events, start_step, stack, evaluated=start_step < total_steps)
             self._bar = None if quiet else _progress_bar(total_steps, start_step, stack)
             self._stack = stack.pop_all()
         self._begin = time.monotonic()
@@ -323,11 +324,11 @@ def _log_to(path: Path) -> Iterator[_RunLog]:
         _close(handler, path)
 
 
-def _tensorboard(folder: Path, start_step: int, stack: contextlib.ExitStack):
+def _tensorboard(folder: Path, start_step: int, stack: contextlib.ExitStack, evaluated: bool = True):
     """A SummaryWriter that goes on after ``start_step``; ``stack`` closes it."""
     from torch.utils.tensorboard import SummaryWriter  # a second to import, which only rank 0 needs to spend
 
-    cut_events(folder, start_step)
+    cut_events(folder, start_step, evaluated)
     stack.enter_context(_quiet_writer_thread())
     with _writing(folder):
         # purge_step is for a TensorBoard that runs and has the cut events in memory. It heeds it from the second time

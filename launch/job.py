@@ -40,8 +40,10 @@ class TrainingJob:
         status = run_command(lambda _: summary.update(train(self.config)), argparse.Namespace())
         if status == GO_ON_LATER and callable(queue_again) and _may_be_queued_again():
             queue_again(signal.SIGUSR2, None)  # does not come back on rank 0
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(QUEUEING_S)  # a rank that has gone would end the step before rank 0 has queued the job again
+            if "SLURM_JOB_ID" in os.environ:
+                # A rank that has gone would end the step before rank 0 has queued the job again.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(QUEUEING_S)
         if status:
             sys.exit(status)
         print(ending(summary), flush=True)
@@ -57,7 +59,9 @@ def _may_be_queued_again() -> bool:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return True
-    asked = subprocess.run(
-        ["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"], capture_output=True, text=True, timeout=60
-    )
-    return asked.returncode != 0 or asked.stdout.startswith("RUNNING") or "TimeLimit" in asked.stdout
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return True  # queueing again will tell
+    return asked.startswith("RUNNING") or "TimeLimit" in asked

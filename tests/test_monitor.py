@@ -135,6 +135,24 @@ def test_a_resumed_run_continues_its_curves_without_a_duplicate_or_a_gap(tmp_pat
     assert (np.diff(metrics["seconds"]) >= 0).all()
 
 
+@pytest.mark.parametrize(("total", "expected"), [(20, [20]), (30, [10, 20, 30])])
+def test_the_last_evaluation_is_there_once_though_a_killed_run_repeats_it(tmp_path, total, expected):
+    """A run that has done all its steps and lacks its products evaluates again; another goes on from there."""
+    earlier = [step for step in expected if step < total]
+    with Monitor(tmp_path, total, quiet=True) as monitor:
+        for step in {*earlier, 20}:
+            log_step(monitor, step)
+            log_evaluation(monitor, step)
+    with Monitor(tmp_path, total, start_step=20, resumed=True, quiet=True) as monitor:
+        if total > 20:
+            log_step(monitor, total)
+        log_evaluation(monitor, total)
+    found = events(tmp_path)
+    for tag in ("resolution/truth_0.5(A)", "fsc/mean_truth", "loss/full"):
+        assert [event.step for event in found.Scalars(tag)] == expected, tag
+    assert [event.step for event in found.Images("map/sections")] == expected
+
+
 def test_seconds_go_on_where_the_resumed_run_stopped(tmp_path):
     run(tmp_path, [10])
     lines = (tmp_path / "metrics.csv").read_text().splitlines()

@@ -23,17 +23,22 @@ STEP_S = 0.15
 ON_TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
 
 
-@pytest.fixture
-def place(tmp_path, tmp_path_factory) -> Path:
+def slow_place(folder: Path, tmp_path_factory, step_s: float = STEP_S) -> Path:
     """A folder to submit from, with a package whose steps take long until ``hurry``."""
-    place = launching.make_place(tmp_path, tmp_path_factory, stand_in=False)
+    folder.mkdir()
+    place = launching.make_place(folder, tmp_path_factory, stand_in=False)
     trainer = place / "cryosplat" / "trainer.py"
     begin = "        self.optimiser.set_rate(rate)\n"
     text = trainer.read_text()
     assert text.count(begin) == 1
-    slow = f"time.sleep({STEP_S} * (not __import__('os').path.exists({str(place / 'hurry')!r})))"
+    slow = f"time.sleep({step_s} * (not __import__('os').path.exists({str(place / 'hurry')!r})))"
     trainer.write_text(text.replace(begin, f"{begin}        {slow}\n"))
     return place
+
+
+@pytest.fixture
+def place(tmp_path, tmp_path_factory) -> Path:
+    return slow_place(tmp_path / "place", tmp_path_factory)
 
 
 def hurry(place: Path) -> None:
@@ -117,53 +122,45 @@ def saved_after(text: str) -> list[int]:
     return [int(step) for step in re.findall(r"asked to go by \w+, saved after step (\d+) of", text)]
 
 
-def test_hit_by_the_time_limit_under_the_plain_script(slurm, place, left_alone):
-    """Slurm looks at limits every half minute, so that the warning comes 10 to 40 s after the start."""
-    trainer = place / "cryosplat" / "trainer.py"
-    trainer.write_text(trainer.read_text().replace(f"sleep({STEP_S} ", "sleep(0.5 "))
-    job = run_script(slurm, place, "train.sbatch", "--time=1", "--signal=USR2@20")
-    slurm.wait(job, states=("RUNNING",))
-    slurm.until(lambda: slurm.state(job) != "RUNNING", "the job to be queued again", 60)
-    hurry(place)
-    assert slurm.wait(job) == "COMPLETED", (place / "log").read_text()
+def check_the_script(place: Path, left_alone: float, seen: int) -> None:
+    """What was saved was gone on with, and it was no less than what had been seen."""
     text = (place / "log").read_text()
-    assert saved_after(text) and saved_after(text) == resumed_after(text)
+    assert saved_after(text) and saved_after(text) == resumed_after(text) and saved_after(text)[0] >= seen
     check_the_end(place, left_alone)
 
 
-def test_warned_under_the_script_for_torchrun(slurm, place, left_alone):
+def test_the_plain_scripts_hit_by_the_time_limit_and_warned(slurm, place, left_alone, tmp_path, tmp_path_factory):
+    """Slurm looks at limits every half minute, so that the warning comes 10 to 40 s after the start. Meanwhile the
+    script for torchrun is warned as ``--signal=B:USR2`` would."""
+    limited = slow_place(tmp_path / "limited", tmp_path_factory, step_s=0.5)
+    long_job = run_script(slurm, limited, "train.sbatch", "--time=1", "--signal=USR2@20")
     job = run_script(slurm, place, "torchrun.sbatch", RANKS="1")
-    seen = wait_for_step(slurm, place, 30)
-    slurm.ask("scancel", "--batch", "--signal=USR2", job)  # as --signal=B:USR2 before the time limit
+    seen = int(wait_for_step(slurm, place, 20)["step"])
+    slurm.ask("scancel", "--batch", "--signal=USR2", job)
     slurm.until(lambda: slurm.state(job) != "RUNNING", "the job to be queued again", 60)
     hurry(place)
     assert slurm.wait(job) == "COMPLETED", (place / "log").read_text()
-    text = (place / "log").read_text()
-    assert saved_after(text) == resumed_after(text) and saved_after(text)[0] >= int(seen["step"])
-    check_the_end(place, left_alone)
+    check_the_script(place, left_alone, seen)
+    slurm.until(lambda: bool(saved_after((limited / "log").read_text())), "the time limit's warning", 60)
+    hurry(limited)
+    assert slurm.wait(long_job) == "COMPLETED", (limited / "log").read_text()
+    check_the_script(limited, left_alone, 0)
 
 
-def test_queued_again_by_hand(slurm, place, left_alone):
+def test_queued_again_by_hand_and_cancelled(slurm, place, left_alone):
     job = submit(slurm, place)
-    seen = wait_for_step(slurm, place, 30)
+    seen = [int(wait_for_step(slurm, place, 20)["step"])]
     slurm.ask("scontrol", "requeue", job)
-    slurm.until(lambda: slurm.state(job) != "RUNNING", "the job to be queued again", 60)
-    hurry(place)
-    assert slurm.wait(job) == "COMPLETED", log(place)
-    assert "interrupted: asked to go by SIGTERM, saved after step" in log(place)
-    assert resumed_after(log(place))[0] >= int(seen["step"])
-    check_the_end(place, left_alone)
-
-
-def test_cancelled_is_saved_and_not_queued_again(slurm, place, left_alone):
-    job = submit(slurm, place)
-    seen = wait_for_step(slurm, place, 30)
+    slurm.until(lambda: len(resumed_after(log(place))) == 1, "the job to go on", 60)
+    seen.append(int(wait_for_step(slurm, place, seen[0] + 15)["step"]))
     slurm.ask("scancel", job)
     assert slurm.wait(job) == "CANCELLED"
-    slurm.until(lambda: "interrupted: asked to go by SIGTERM" in log(place), "the run to say that it has saved", 20)
+    slurm.until(lambda: len(saved_after(log(place))) == 2, "the run to say that it has saved", 20)
     hurry(place)
     assert slurm.wait(submit(slurm, place)) == "COMPLETED", log(place)
-    assert slurm.state(job) == "CANCELLED" and resumed_after(log(place))[0] >= int(seen["step"])
+    assert slurm.state(job) == "CANCELLED"  # and not queued again
+    assert saved_after(log(place)) == resumed_after(log(place))
+    assert all(saved >= step for saved, step in zip(saved_after(log(place)), seen, strict=True))
     check_the_end(place, left_alone)
 
 

@@ -199,10 +199,17 @@ PAGE = ROOT / "docs" / "cluster.md"
 NOT_RUN = ("cd ", "make venv", "source ", "ssh ")
 """Commands of the page that install, or need a network."""
 
+BEGIN = "def train(config):\n"
+LONG = """
+    if config.run_dir == "runs/again" and os.environ.get("SLURM_JOB_NUM_NODES") == "2":
+        time.sleep(100)
+"""
+"""The run that the page cancels must not be over before."""
+
 
 def test_the_page_for_clusters_can_be_followed(slurm, tmp_path, tmp_path_factory):
     place = launching.make_place(tmp_path, tmp_path_factory)
-    (place / "cryosplat" / "train.py").write_text(launching.TRAINING + MAIN)
+    (place / "cryosplat" / "train.py").write_text(launching.TRAINING.replace(BEGIN, BEGIN + LONG) + MAIN)
     yaml = next(text for language, text in blocks(PAGE) if language == "yaml")
     written = re.match(r"# (\S+)\n", yaml)[1]
     # This cluster's only difference to the reader's: the names of its partitions.
