@@ -180,7 +180,7 @@ def _curve_writers(
 
 
 def _rotations(path: Path) -> np.ndarray:
-    from cryosplat.particles import check_poses, load_poses  # configuration and readers, for these alone
+    from cryosplat.alignments import check_poses, load_poses  # configuration and readers, for these alone
 
     rotations, shifts = load_poses(path)
     return check_poses(path, rotations, shifts, np.arange(len(rotations)))[0]

@@ -139,7 +139,7 @@ class Run:
                 "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
             )
         where = {"device": world.device, "cache": self.memory.cache}
-        dataset = ParticleDataset(table, owned, data.box, data.invert, data.precision, **where)
+        dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
         logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
         return dataset
 

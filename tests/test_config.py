@@ -220,7 +220,7 @@ def test_the_papers_sets_leave_the_recipe_open(name, box):
     assert (config.recipe, config.model, config.volume) == ("default", Config().model, Config().volume)
     assert config.train == Config().train
     # The one stack of the four whose particles are dark.
-    assert config.data.invert == (name != "10076")
+    assert (config.data.invert is False) == (name == "10076")
     files = (config.data.particles, config.data.poses, config.data.ctf)
     assert all(re.match(f"empiar{name}/inputs/", file) for file in files) and config.run_dir == f"runs/{name}"
     paper = load_config(name, ["recipe=paper"])

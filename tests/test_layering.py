@@ -26,9 +26,9 @@ LAYERS = (
     ),
     ("cudaops", "placement"),
     # Single files and single operations.
-    ("ending", "files", "unpickle", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
+    ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
     ("config", "volumes", "stackfiles", "metrics", "checkpoint", "listing", "phantom", "slices", "gaussians", "masks"),
-    ("distributed", "optimiser", "stepgraph", "halves", "runs", "fsc"),
+    ("distributed", "optimiser", "stepgraph", "halves", "alignments", "runs", "fsc"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
     ("figures", "fscsuite", "sectors"),
     ("fscfigures",),
