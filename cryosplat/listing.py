@@ -244,8 +244,10 @@ def _read_star_file(path: Path) -> Listing:
     half = None
     if "_rlnRandomSubset" in columns:
         values = columns.take("_rlnRandomSubset", expected="1 or 2")
-        # What is no whole number is no half set either, and is refused as such where halves are assigned.
-        half = np.where(values == np.rint(values), np.clip(values, -1, 1e6), -1).astype(np.int64)
+        half = np.clip(values, -1, 3).astype(np.int64)
+        bad = np.flatnonzero(half != values)
+        if len(bad):
+            raise InputError(f"{path}: row {bad[0]}: _rlnRandomSubset is {values[bad[0]]:g}, expected 1 or 2")
     box = columns.take("_rlnImageSize") if "_rlnImageSize" in columns else None
     size = _star_pixel_size(columns)
     return Listing(path, names, stack, slices, group, half, "rlnRandomSubset", size, box, columns)
