@@ -332,15 +332,19 @@ def check_files(config: Config) -> None:
             "data.poses is not set: name the file, for example data.poses=PATH, or a file with poses of its own "
             f"({' or '.join(WITH_POSES)}) as data.particles"
         )
-    for name in INPUTS:
-        value = getattr(config.data, name)
-        if not value or (name == "ctf" and value == NO_CTF):
-            continue
-        path = resolve_path(config, value)
+    for name, path in input_paths(config).items():
         if name == "datadir" and not path.is_dir():
             raise InputError(f"data.{name}: there is no folder {path} (data_root is {config.data_root})")
         if name != "datadir" and not path.is_file():
             raise InputError(f"data.{name}: there is no file {path} (data_root is {config.data_root})")
+
+
+def input_paths(config: Config) -> dict[str, Path]:
+    """The files and folders under ``data`` that are set, by their settings, as ``resolve_path`` finds them."""
+    named = {name: getattr(config.data, name) for name in INPUTS}
+    return {
+        name: resolve_path(config, value) for name, value in named.items() if value and (name, value) != ("ctf", NO_CTF)
+    }
 
 
 def resolve_path(config: Config, path: str | os.PathLike) -> Path:
