@@ -176,7 +176,8 @@ def join_optics(path: Path, particles: StarTable, optics: StarTable | None) -> C
     if optics is None or not len(optics):
         return Columns(path, values, particles.unreadable, values.get("_rlnOpticsGroup"))
     theirs = optics.numbers()
-    place = _optics_place(path, values, theirs, len(particles), len(optics))
+    of_optics = Columns(path.with_name(f"{path.name}, data_optics"), theirs, optics.unreadable)
+    place = _optics_place(Columns(path, values, particles.unreadable), of_optics, len(particles), len(optics))
     unreadable = dict(particles.unreadable)
     for name in _OPTICS:
         if name in theirs:
@@ -190,9 +191,7 @@ def join_optics(path: Path, particles: StarTable, optics: StarTable | None) -> C
     return Columns(path, values, unreadable, groups[place], named)
 
 
-def _optics_place(
-    path: Path, particles: dict[str, np.ndarray], optics: dict[str, np.ndarray], count: int, groups: int
-) -> np.ndarray:
+def _optics_place(particles: Columns, optics: Columns, count: int, groups: int) -> np.ndarray:
     """Row (N,) of data_optics of every particle."""
     name = "_rlnOpticsGroup"
     lacking = [
@@ -202,19 +201,20 @@ def _optics_place(
         return np.zeros(count, dtype=np.int64)
     if lacking:
         raise InputError(
-            f"{path}: {groups} optics groups, but no column {name} in {' and '.join(lacking)}, so that nobody knows "
-            "which particle is of which; write the file again with RELION"
+            f"{particles.path}: {groups} optics groups, but no column {name} in {' and '.join(lacking)}, so that nobody "
+            "knows which particle is of which; write the file again with RELION"
         )
-    order = np.argsort(optics[name], kind="stable")
-    known = optics[name][order]
+    known, wanted = optics.take(name, expected="its number"), particles.take(name, expected="its number")
+    order = np.argsort(known, kind="stable")
+    known = known[order]
     if (np.diff(known) == 0).any():
         twice = known[1:][np.diff(known) == 0][0]
-        raise InputError(f"{path}: data_optics has the optics group {twice:g} twice; give each its own number")
-    place = np.minimum(np.searchsorted(known, particles[name]), groups - 1)
-    unknown = np.flatnonzero(known[place] != particles[name])
+        raise InputError(f"{optics.path} has the optics group {twice:g} twice; give each its own number")
+    place = np.minimum(np.searchsorted(known, wanted), groups - 1)
+    unknown = np.flatnonzero(known[place] != wanted)
     if len(unknown):
         raise InputError(
-            f"{path}: row {unknown[0]}: optics group {particles[name][unknown[0]]:g} is not in data_optics, which has "
+            f"{particles.path}: row {unknown[0]}: optics group {wanted[unknown[0]]:g} is not in data_optics, which has "
             f"{', '.join(f'{group:g}' for group in known)}; add it there, or leave these {len(unknown)} rows out"
         )
     return order[place]

@@ -162,9 +162,8 @@ def _read_text_file(path: Path, folders: Sequence[Path]) -> Listing:
 
 
 def _read_cs_file(path: Path, passthrough: Path | None) -> Listing:
-    fields = _cs_fields(path, "particle .cs file")
-    if passthrough is not None:
-        fields = _merge(path, fields, passthrough)
+    own = _cs_fields(path, "particle .cs file")
+    fields = own if passthrough is None else _merge(path, own, passthrough)
     if not {"blob/path", "blob/idx"} <= set(fields):
         raise InputError(f"{path}: not a particle .cs file: it has no blob/path and blob/idx{passthrough_hint(path)}")
     raw, which = np.unique(fields["blob/path"], return_inverse=True)
@@ -182,7 +181,8 @@ def _read_cs_file(path: Path, passthrough: Path | None) -> Listing:
     size = columns.take("blob/psize_A").round(6) if "blob/psize_A" in columns else None
     box = columns.take("blob/shape", shape=(2,))[:, 0] if "blob/shape" in columns else None
     slices = _cs_integers(columns, "blob/idx")
-    return Listing(path, names, place[which], slices, group, half, "alignments3D/split", size, box, columns)
+    name = "alignments3D/split" if "alignments3D/split" in own else f"alignments3D/split (of {passthrough})"
+    return Listing(path, names, place[which], slices, group, half, name, size, box, columns)
 
 
 def _cs_fields(path: Path, what: str) -> dict[str, np.ndarray]:
@@ -202,8 +202,10 @@ def _merge(path: Path, fields: dict[str, np.ndarray], passthrough: Path) -> dict
     """The columns of ``path`` and, of the same particles (by uid), those that only ``passthrough`` has."""
     others = _cs_fields(passthrough, "passthrough .cs file")
     for file, columns in ((path, fields), (passthrough, others)):
-        if "uid" not in columns:
-            raise InputError(f"{file}: no column uid, by which data.particles and data.passthrough are merged")
+        if "uid" not in columns or columns["uid"].dtype.kind not in "iu" or columns["uid"].ndim != 1:
+            raise InputError(
+                f"{file}: no column uid of whole numbers, by which data.particles and data.passthrough are merged"
+            )
     order = np.argsort(others["uid"], kind="stable")
     known = others["uid"][order]
     if (known[1:] == known[:-1]).any():

@@ -110,7 +110,8 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
     ctf, pixel_size_a = _read_ctf(config, root, listing, rows, images.box)
     pixel_size_a = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
     rotations, shifts = _read_poses(config, root, listing, rows, images.box, pixel_size_a)
-    half, half_origin = assign_halves(listing, rows, _path(root, config.halves), seed, half_maps)
+    halves, poses = _path(root, config.halves), _path(root, config.poses)
+    half, half_origin = assign_halves(listing, rows, halves, seed, half_maps, poses)
     return ParticleTable(
         images=images,
         box=images.box,

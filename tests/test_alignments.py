@@ -1,6 +1,7 @@
 """Poses and CTF from a particle file's own columns: the same as by cryoDRGN's pickles, and bad columns by name."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -308,7 +309,18 @@ def test_a_passthrough_file_adds_columns_by_uid_in_any_order(folder, here):
     table = load(folder, particles="p.cs", passthrough="p_passthrough.cs")
     assert_as_written(table)
     assert table.half.tolist() == [1, 0, 1, 1, 0, 0]
+    assert ("p_passthrough.cs" in table.half_origin) == (here == "blob")
     np.testing.assert_array_equal(table.read(np.arange(COUNT)), make_images())
+
+
+def test_the_halves_say_whether_the_poses_are_of_the_same_refinement(folder):
+    write_star(folder / "p.star", NAMES, **relion30(), RandomSubset=[1, 2, 1, 2, 2, 1])
+    np.save(folder / "halves.npy", [0, 1, 1, 0, 1, 0])
+    own = "rlnRandomSubset in .*p.star; the poses are from that file too"
+    other = "rlnRandomSubset in .*p.star; they are independent if the poses were refined in these halves"
+    file = "data.halves, .*halves.npy; they are independent if the poses were refined in these halves"
+    for words, expected in (({}, own), (PICKLES, other), ({"halves": "halves.npy"}, file)):
+        assert re.search(expected, load(folder, particles="p.star", **words).half_origin)
 
 
 def test_a_file_that_is_named_comes_before_the_particles_own_columns_and_the_log_says_so(folder, caplog):
@@ -406,7 +418,7 @@ BAD_OPTICS = {
     "a group twice": (
         (1,) * COUNT,
         {"OpticsGroup": [1, 1], "ImagePixelSize": [2.0, 2.0]},
-        "data_optics has the optics group 1 twice",
+        "has the optics group 1 twice",
     ),
     "no groups": (None, {"OpticsGroup": [1, 2]}, "2 optics groups, but no column _rlnOpticsGroup in the particles"),
     "no numbers": ((1,) * COUNT, {"Voltage": [300, 200]}, "no column _rlnOpticsGroup in data_optics"),
@@ -415,6 +427,7 @@ BAD_OPTICS = {
         {"OpticsGroup": [3, 5], "OpticsGroupName": ["old", "new"], "ImagePixelSize": [1.5, 2.0], **microscope(2)},
         r"A/px from 1\.5 to 2; .*optics groups: 3 old \(1\.5 A/px\), 5 new \(2 A/px\)\. Choose those of one A/px",
     ),
+    "a group in words": (with_value([1] * COUNT, "x"), None, "row 4: _rlnOpticsGroup is 'x', expected its number"),
     "words": (
         (1,) * COUNT,
         {"OpticsGroup": [1], **microscope(1), "Voltage": ["high"]},
@@ -427,7 +440,7 @@ BAD_OPTICS = {
 def test_bad_optics_groups_are_named(folder, name):
     groups, optics, message = BAD_OPTICS[name]
     write_star31(folder / "p.star", groups, optics)
-    with pytest.raises(InputError, match=rf"p\.star: .*{message}"):
+    with pytest.raises(InputError, match=rf"p\.star.*: .*{message}|p\.star, data_optics {message}"):
         load(folder, particles="p.star")
 
 
@@ -486,7 +499,7 @@ def test_a_passthrough_file_goes_with_a_cs_file_and_both_have_uids(folder):
     for name in ("p.cs", "q.cs"):
         with open(folder / name, "wb") as handle:
             np.save(handle, without)
-    with pytest.raises(InputError, match=r"p\.cs: no column uid, by which"):
+    with pytest.raises(InputError, match=r"p\.cs: no column uid of whole numbers, by which"):
         load(folder, particles="p.cs", passthrough="q.cs")
 
 

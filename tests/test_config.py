@@ -326,6 +326,16 @@ def test_inputs_are_looked_for_under_data_root(tmp_path):
         check_files(load_config(None, [*settings, "data.datadir=stack.mrcs"]))
 
 
+@pytest.mark.parametrize("name", ["p.star", "P.CS"])
+def test_a_particle_file_that_may_have_poses_is_enough(tmp_path, name):
+    (tmp_path / name).touch()
+    settings = [f"data_root={tmp_path}", f"data.particles={name}"]
+    check_files(load_config(None, [*settings, "data.ctf=none", "data.poses="]))
+    for key in ("passthrough", "ctf"):
+        with pytest.raises(InputError, match=rf"data\.{key}: there is no file {tmp_path}/q\.cs"):
+            check_files(load_config(None, [*settings, f"data.{key}=q.cs"]))
+
+
 @pytest.mark.parametrize("name", ["particles", "poses"])
 def test_what_a_run_cannot_do_without_must_be_named(name, tmp_path):
     (tmp_path / "file").touch()
