@@ -194,15 +194,14 @@ def join_optics(path: Path, particles: StarTable, optics: StarTable | None) -> C
 def _optics_place(particles: Columns, optics: Columns, count: int, groups: int) -> np.ndarray:
     """Row (N,) of data_optics of every particle."""
     name = "_rlnOpticsGroup"
-    lacking = [
-        table for table, columns in (("data_optics", optics), ("the particles", particles)) if name not in columns
-    ]
+    tables = {"data_optics": optics, "the particles": particles}
+    lacking = [table for table, columns in tables.items() if name not in columns]
     if lacking and groups == 1:
         return np.zeros(count, dtype=np.int64)
     if lacking:
         raise InputError(
-            f"{particles.path}: {groups} optics groups, but no column {name} in {' and '.join(lacking)}, so that nobody "
-            "knows which particle is of which; write the file again with RELION"
+            f"{particles.path}: {groups} optics groups, but no column {name} in {' and '.join(lacking)}, so that it is "
+            "not known which particle is of which; write the file again with RELION"
         )
     known, wanted = optics.take(name, expected="its number"), particles.take(name, expected="its number")
     order = np.argsort(known, kind="stable")
