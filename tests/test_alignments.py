@@ -9,16 +9,32 @@ import training_set
 from reader import run_cryodrgn, write_cs
 from scipy.spatial.transform import Rotation
 from stacks import load, make_images, write_dataset, write_stack, write_star
+from tables import (
+    BOX,
+    COUNT,
+    DEFOCUS_U,
+    NAMES,
+    PIXEL_SIZE_A,
+    ROTATIONS,
+    SHIFTS,
+    angles,
+    cs,
+    microscope,
+    origins_a,
+    origins_px,
+    relion30,
+    save_cs,
+    with_value,
+    write_star31,
+)
 
 from cryosplat import cli
 from cryosplat.alignments import load_ctf, load_poses, table_ctf, table_poses
 from cryosplat.errors import InputError
 from cryosplat.listing import read_listing
-from cryosplat.stackfiles import rotation_to_euler
 from cryosplat.volumes import read_map
 
 DEGREES, ANGSTROM = 0.01, 0.01
-COUNT, BOX, PIXEL_SIZE_A = 6, 8, 2.0
 
 
 def assert_same_poses(found, expected, field_a):
@@ -142,51 +158,6 @@ def test_a_run_from_the_star_file_alone_is_the_run_with_pickles(stack, tmp_path)
         assert difference(own, pickles, name) < 1e-5
 
 
-NAMES = [f"{image + 1}@particles.mrcs" for image in range(COUNT)]
-ROTATIONS = Rotation.random(COUNT, random_state=3).as_matrix()
-SHIFTS = np.random.default_rng(4).uniform(-0.1, 0.1, (COUNT, 2))
-DEFOCUS_U = 15000.0 + 10 * np.arange(COUNT)
-
-
-def angles():
-    return dict(zip(("AngleRot", "AngleTilt", "AnglePsi"), rotation_to_euler(ROTATIONS).T, strict=True))
-
-
-def ctf():
-    return {"DefocusU": DEFOCUS_U, "DefocusV": DEFOCUS_U - 500, "DefocusAngle": np.full(COUNT, 30.0)}
-
-
-def microscope(count=COUNT):
-    columns = {"Voltage": 300.0, "SphericalAberration": 2.7, "AmplitudeContrast": 0.1}
-    return {name: np.full(count, value) for name, value in columns.items()}
-
-
-def origins_a():
-    return dict(zip(("OriginXAngst", "OriginYAngst"), (SHIFTS * BOX * PIXEL_SIZE_A).T, strict=True))
-
-
-def origins_px():
-    return dict(zip(("OriginX", "OriginY"), (SHIFTS * BOX).T, strict=True))
-
-
-def relion30(**changes):
-    """Columns of a star file before 3.1; None leaves one out."""
-    detector = {"DetectorPixelSize": [PIXEL_SIZE_A] * COUNT, "Magnification": [10000] * COUNT}
-    columns = {**angles(), **origins_px(), **ctf(), **microscope(), **detector} | changes
-    return {name: values for name, values in columns.items() if values is not None}
-
-
-def write_star31(path, groups=(1,) * COUNT, optics=None, **changes):
-    """A star file of RELION 3.1 or 5; ``optics`` are columns of data_optics."""
-    columns = {**angles(), **origins_a(), **ctf(), "OpticsGroup": groups} | changes
-    write_star(path, NAMES, **{name: values for name, values in columns.items() if values is not None})
-    if optics is None:
-        optics = {"OpticsGroup": [1], "ImagePixelSize": [PIXEL_SIZE_A], "ImageSize": [BOX], **microscope(1)}
-    lines = ["# version 50001", "", "data_optics", "", "loop_", *(f"_rln{name}" for name in optics)]
-    lines += [" ".join(map(str, row)) for row in zip(*optics.values(), strict=True)]
-    path.write_text("\n".join(lines) + "\n\n# version 50001\n\n" + path.read_text())
-
-
 @pytest.fixture
 def folder(tmp_path):
     """particles.mrcs of six images, and pickles of other poses and another CTF than those above."""
@@ -236,38 +207,6 @@ def test_a_stack_that_was_resampled_keeps_its_field_of_view(folder, caplog):
     table = load(folder, particles="p.star")
     np.testing.assert_allclose(table.shifts, SHIFTS, atol=1e-6)
     assert table.pixel_size_a == 2 * PIXEL_SIZE_A and "p.star says 8 px, its stacks have 4" in caplog.text
-
-
-def cs(**changes):
-    """Columns of a cryoSPARC file, "/" written as "__"; None leaves one out."""
-    columns = {
-        "uid": np.arange(100, 100 + COUNT, dtype=np.uint64),
-        "blob__path": np.full(COUNT, b">particles.mrcs"),
-        "blob__idx": np.arange(COUNT, dtype=np.uint32),
-        "blob__shape": np.full((COUNT, 2), BOX, dtype=np.uint32),
-        "blob__psize_A": np.full(COUNT, PIXEL_SIZE_A, dtype=np.float32),
-        "blob__sign": np.full(COUNT, -1.0, dtype=np.float32),
-        "alignments3D__split": np.array([1, 0, 1, 1, 0, 0], dtype=np.uint32),
-        "alignments3D__pose": Rotation.from_matrix(ROTATIONS.transpose(0, 2, 1)).as_rotvec(),
-        "alignments3D__shift": SHIFTS * BOX,
-        "alignments3D__psize_A": np.full(COUNT, PIXEL_SIZE_A, dtype=np.float32),
-        "ctf__df1_A": DEFOCUS_U,
-        "ctf__df2_A": DEFOCUS_U - 500,
-        "ctf__df_angle_rad": np.full(COUNT, np.pi / 6),
-        "ctf__accel_kv": np.full(COUNT, 300.0),
-        "ctf__cs_mm": np.full(COUNT, 2.7),
-        "ctf__amp_contrast": np.full(COUNT, 0.1),
-        "ctf__phase_shift_rad": np.zeros(COUNT),
-    } | changes
-    return {name.replace("__", "/"): values for name, values in columns.items() if values is not None}
-
-
-def save_cs(path, columns):
-    rows = np.zeros(len(columns["uid"]), [(name, values.dtype, values.shape[1:]) for name, values in columns.items()])
-    for name, values in columns.items():
-        rows[name] = values
-    with open(path, "wb") as handle:
-        np.save(handle, rows)
 
 
 def test_a_cs_file_alone_gives_poses_ctf_halves_and_sign(folder):
@@ -360,12 +299,6 @@ def test_bad_rows_that_indices_leave_out_do_no_harm(folder):
 
 
 # What is wrong is named
-
-
-def with_value(values, value, row=4):
-    values = list(values)
-    values[row] = value
-    return values
 
 
 BAD_COLUMNS = {
