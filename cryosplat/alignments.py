@@ -8,9 +8,10 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from cryosplat.columns import Columns
+from cryosplat.config import WITH_POSES
 from cryosplat.conventions import euler_to_rotation, rescaled_pixel_size
 from cryosplat.errors import InputError
-from cryosplat.listing import Listing, passthrough_hint
+from cryosplat.listing import Listing, passthrough_hint, read_listing
 from cryosplat.unpickle import read_pickle
 
 _LOG = logging.getLogger("cryosplat")
@@ -175,6 +176,27 @@ def has_poses(listing: Listing) -> bool:
     return columns is not None and any(name in columns for name in (*STAR_ANGLES, "alignments3D/pose"))
 
 
+def has_ctf(listing: Listing) -> bool:
+    """Whether the file of the listing has a column of defocus."""
+    columns = listing.columns
+    return columns is not None and any(name in columns for name in (*STAR_DEFOCUS, *CS_DEFOCUS))
+
+
+def read_rotations(path: Path) -> np.ndarray:
+    """Rotations (N, 3, 3) of a poses.pkl, or of all particles of a .star or .cs file.
+
+    Raises:
+        InputError: none, or bad ones.
+    """
+    if path.suffix.lower() not in WITH_POSES:
+        rotations, shifts = load_poses(path)
+    else:
+        listing = read_listing(path, [])
+        rotations, shifts = table_poses(listing, np.arange(len(listing)), box=1, pixel_size_a=1.0)
+        shifts = np.zeros_like(shifts)  # of a box that is not known here
+    return check_poses(path, rotations, shifts, np.arange(len(rotations)))[0]
+
+
 def table_poses(listing: Listing, rows: np.ndarray, box: int, pixel_size_a: float) -> tuple[np.ndarray, np.ndarray]:
     """Poses of the particles ``rows`` (n,) from the columns of their .star or .cs file, in cryoDRGN's convention.
 
@@ -258,15 +280,13 @@ def table_ctf(listing: Listing, rows: np.ndarray) -> np.ndarray | None:
     Raises:
         InputError: some columns are missing, not numbers, or impossible.
     """
-    columns = listing.columns
-    if columns is None:
+    if not has_ctf(listing):
         return None
+    columns = listing.columns
     if listing.path.suffix.lower() == ".star":
         defocus, microscope, shift = STAR_DEFOCUS, STAR_MICROSCOPE, "_rlnPhaseShift"
     else:
         defocus, microscope, shift = CS_DEFOCUS, CS_MICROSCOPE, CS_PHASE_SHIFT
-    if not any(name in columns for name in defocus):
-        return None
     _require(
         columns,
         (*defocus, *microscope),

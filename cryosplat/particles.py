@@ -14,6 +14,7 @@ from cryosplat.alignments import (
     PIXEL_SIZE_TOLERANCE,
     check_ctf,
     check_poses,
+    has_ctf,
     has_poses,
     load_ctf,
     load_poses,
@@ -155,7 +156,7 @@ def _read_ctf(
         if ctf is None and listing.columns is not None:
             _LOG.warning("%s: no CTF in it, and data.ctf is not set: the images are taken as without CTF", listing.path)
         return ctf, None
-    if listing.columns is not None and table_ctf(listing, rows) is not None:
+    if has_ctf(listing):
         _LOG.info("the CTF is that of data.ctf, %s; the one in %s is not used", path, listing.path)
     columns = load_ctf(path)
     _check_count(path, "rows of CTF parameters", columns, listing, rows)

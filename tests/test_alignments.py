@@ -29,7 +29,7 @@ from tables import (
 )
 
 from cryosplat import cli
-from cryosplat.alignments import load_ctf, load_poses, table_ctf, table_poses
+from cryosplat.alignments import load_ctf, load_poses, read_rotations, table_ctf, table_poses
 from cryosplat.errors import InputError
 from cryosplat.listing import read_listing
 from cryosplat.volumes import read_map
@@ -270,8 +270,19 @@ def test_a_file_that_is_named_comes_before_the_particles_own_columns_and_the_log
     assert table.ctf[:, 0].tolist() == load_ctf(folder / "ctf.pkl")[:, 2].tolist()
     assert "poses are those of data.poses" in caplog.text and "the CTF is that of data.ctf" in caplog.text
     assert "p.star are not used" in caplog.text and "p.star is not used" in caplog.text
+    # Nor do faults of the columns that are not used matter.
+    write_star(folder / "q.star", NAMES, **relion30(DefocusV=None, AngleRot=None, OriginX=["x"] * COUNT))
+    np.testing.assert_array_equal(load(folder, particles="q.star", **PICKLES).ctf, table.ctf)
     # The CTF of the file itself is taken with poses of another one, not left out in silence.
     assert load(folder, particles="p.star", poses="poses.pkl").ctf[:, 0].tolist() == DEFOCUS_U.tolist()
+
+
+@pytest.mark.parametrize("name", ["p.star", "q.star", "p.cs"])
+def test_rotations_alone_are_read_from_any_file_of_poses(folder, name):
+    write_star(folder / "p.star", NAMES, **relion30())
+    write_star31(folder / "q.star")
+    save_cs(folder / "p.cs", cs())
+    np.testing.assert_allclose(read_rotations(folder / name), ROTATIONS, atol=1e-6)
 
 
 def test_images_without_a_ctf_are_said_to_be_or_warned_of(folder, caplog):
