@@ -150,6 +150,21 @@ def test_linear_maps_of_the_star_file_alone_are_those_with_pickles(stack, tmp_pa
             assert difference(tmp_path / found, tmp_path / "starTrue", name) < 1e-6
 
 
+def test_a_dark_stack_whose_cs_file_says_so_gives_the_map_of_the_white_one(stack, tmp_path):
+    dark = training_set.altered(stack, tmp_path / "dark", lambda images: -images)
+    listed = np.load(stack / "particles.cs")
+    signed = np.zeros(len(listed), [*listed.dtype.descr, ("blob/sign", "<f4")])
+    for name in listed.dtype.names:
+        signed[name] = listed[name]
+    signed["blob/sign"] = -1
+    with open(dark / "signed.cs", "wb") as handle:
+        np.save(handle, signed)
+    for folder, particles in ((stack, "particles.cs"), (dark, "signed.cs")):
+        words = [f"data_root={folder}", f"data.particles={particles}", "train.threads=1", "--no-halves"]
+        assert cli.main(["backproject", *words, "-o", str(tmp_path / particles)]) == 0
+    assert difference(tmp_path / "signed.cs", tmp_path / "particles.cs", "unregularised.mrc") < 1e-6
+
+
 def test_a_run_from_the_star_file_alone_is_the_run_with_pickles(stack, tmp_path):
     """But for the single precision of the pickles, which a fit of 120 steps makes 2e-6 of."""
     own = training_set.fitted(stack, tmp_path / "own", "data.poses=null", "data.ctf=null")
