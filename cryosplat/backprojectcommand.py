@@ -99,7 +99,7 @@ def _reconstruct(
     def read_images():
         cache = plan_memory(config, table, plan, world, free, 2 if halves else 1, trains=False).cache
         where = {"device": world.device, "cache": cache}
-        return ParticleDataset(table, mine, data.box, data.invert, data.precision, **where)
+        return ParticleDataset(table, mine, data.box, table.invert, data.precision, **where)
 
     dataset = distributed.together(read_images, world)
     read = distributed.together(

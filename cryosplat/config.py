@@ -24,13 +24,14 @@ class DataConfig:
     """Where the particles are and how they are read."""
 
     particles: str = ""  # .mrcs, .star, .cs or .txt
-    poses: str = ""  # cryoDRGN's poses.pkl
-    ctf: str | None = None  # cryoDRGN's ctf.pkl; none: images without CTF
+    passthrough: str | None = None  # second .cs file with further columns of the same particles
+    poses: str | None = None  # cryoDRGN's poses.pkl; none: those of the .star or .cs file
+    ctf: str | None = None  # cryoDRGN's ctf.pkl, or NO_CTF; none: that of the .star or .cs file, if it has one
     datadir: str | None = None  # folder of the stacks that a .star or .cs names
     indices: str | None = None  # subset of rows, .pkl or .npy of integers
     halves: str | None = None  # half set of every particle (0 or 1), .pkl or .npy; none: from the input or drawn
     first: int | None = None  # use only the first particles
-    invert: bool = True  # cryoDRGN's default: true for particles white on dark
+    invert: bool | None = None  # true for particles white on dark; none: as a .cs file says, else true as in cryoDRGN
     check_sign: bool = True  # stop if the images are clearly of the other sign
     check_signal: bool = True  # stop after the first pass if the linear half maps agree on nothing
     box: int | None = None  # px, even; images are Fourier-cropped to it
@@ -209,8 +210,14 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Key: (whether a value is allowed, in words). A setting that is null is not checked."""
 
-INPUTS = ("particles", "poses", "ctf", "datadir", "indices", "halves", "truth", "mask")
+NO_CTF = "none"
+"""``data.ctf`` of images without a CTF whose file has one."""
+
+INPUTS = ("particles", "passthrough", "poses", "ctf", "datadir", "indices", "halves", "truth", "mask")
 """The settings under ``data`` that are paths."""
+
+WITH_POSES = (".star", ".cs")
+"""Extensions of tables that may have poses of their own."""
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -318,18 +325,26 @@ def check_files(config: Config) -> None:
     Raises:
         InputError: names the key and the path it resolves to.
     """
-    for name in ("particles", "poses"):
-        if not getattr(config.data, name):
-            raise InputError(f"data.{name} is not set: name the file, for example data.{name}=PATH")
-    for name in INPUTS:
-        value = getattr(config.data, name)
-        if not value:
-            continue
-        path = resolve_path(config, value)
+    if not config.data.particles:
+        raise InputError("data.particles is not set: name the file, for example data.particles=PATH")
+    if not config.data.poses and Path(config.data.particles).suffix.lower() not in WITH_POSES:
+        raise InputError(
+            "data.poses is not set: name the file, for example data.poses=PATH, or a file with poses of its own "
+            f"({' or '.join(WITH_POSES)}) as data.particles"
+        )
+    for name, path in input_paths(config).items():
         if name == "datadir" and not path.is_dir():
             raise InputError(f"data.{name}: there is no folder {path} (data_root is {config.data_root})")
         if name != "datadir" and not path.is_file():
             raise InputError(f"data.{name}: there is no file {path} (data_root is {config.data_root})")
+
+
+def input_paths(config: Config) -> dict[str, Path]:
+    """The files and folders under ``data`` that are set, by their settings, as ``resolve_path`` finds them."""
+    named = {name: getattr(config.data, name) for name in INPUTS}
+    return {
+        name: resolve_path(config, value) for name, value in named.items() if value and (name, value) != ("ctf", NO_CTF)
+    }
 
 
 def resolve_path(config: Config, path: str | os.PathLike) -> Path:

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random phases; default 0")
     parser.add_argument("--local-resolution", action="store_true", help="write local_resolution.mrc, too (needs -o)")
     parser.add_argument("--local-window", type=float, metavar="A", help="diameter of its ball; default 7 x resolution")
-    parser.add_argument("--poses", metavar="poses.pkl", help="draw the viewing directions, too (needs -o)")
+    parser.add_argument("--poses", metavar="FILE", help=".pkl, .star, .cs: draw the viewing directions, too (needs -o)")
     parser.add_argument(
         "-o", "--output", metavar="FOLDER", help="write curves, figures and mask there; replaces nothing"
     )
@@ -135,7 +135,9 @@ def _halves(args: argparse.Namespace, maps: _Maps) -> dict[str, Callable[[Path],
     if suite.mask is not None:
         writers["mask.mrc"] = partial(write_map, volume=suite.mask, pixel_size_a=maps.pixel_size_a)
     if args.poses:
-        views = viewing_directions(_rotations(Path(args.poses)))
+        from cryosplat.alignments import read_rotations  # configuration and readers, for these alone
+
+        views = viewing_directions(read_rotations(Path(args.poses)))
         writers["viewing_directions.png"] = partial(figures.save, fscfigures.viewing_figure(views))
     if args.local_resolution:
         local = _local(args, maps, suite)
@@ -177,13 +179,6 @@ def _curve_writers(
         "fsc.png": partial(figures.save, figures.fsc_figure(curves, thresholds)),
         "fsc.xml": partial(write_xml, curve=curves[final], title=title),
     }
-
-
-def _rotations(path: Path) -> np.ndarray:
-    from cryosplat.particles import check_poses, load_poses  # configuration and readers, for these alone
-
-    rotations, shifts = load_poses(path)
-    return check_poses(path, rotations, shifts, np.arange(len(rotations)))[0]
 
 
 def _local(args: argparse.Namespace, maps: _Maps, suite: FscSuite) -> np.ndarray:

@@ -17,6 +17,8 @@ from cryosplat.unpickle import read_integers
 
 _LOG = logging.getLogger("cryosplat")
 
+_IF = "they are independent if the poses were refined in these halves"
+
 SMALLEST_SHARE = 0.25
 """Smallest share of the particles in a half that is drawn by micrograph; below it the FSC would compare unlike maps."""
 
@@ -76,9 +78,9 @@ def _draw(unit: np.ndarray, seed: int) -> np.ndarray:
 
 
 def assign_halves(
-    listing: Listing, rows: np.ndarray, file: Path | None, seed: int, both: bool = True
+    listing: Listing, rows: np.ndarray, file: Path | None, seed: int, both: bool = True, poses: Path | None = None
 ) -> tuple[np.ndarray, str]:
-    """Half of the particles ``rows`` (n,), and a sentence that says where it comes from.
+    """Half of the particles ``rows`` (n,), and a sentence that says where it comes from and what that means.
 
     In this order: ``file`` (0 and 1, or RELION's 1 and 2, for every particle
     of ``listing``), the listing's own column, ``split_halves``. It is settled
@@ -86,17 +88,19 @@ def assign_halves(
 
     Args:
         both: whether each half must have particles.
+        poses: the file of poses, if they are not the listing's own.
 
     Raises:
         InputError: values that are not halves, another number of them, or a half without particles.
     """
     if file is not None:
-        values, name, origin = read_integers(file), f"{file}", f"Halves are those of data.halves, {file}."
+        values, name, origin = read_integers(file), f"{file}", f"Halves are those of data.halves, {file}; {_IF}."
         if len(values) != len(listing):
             raise InputError(f"{file}: {len(values)} halves for the {len(listing)} particles of {listing.path}")
     elif listing.half is not None:
         values, name = listing.half, f"{listing.half_name} of {listing.path}"
-        origin = f"Halves are those of {listing.half_name} in {listing.path}."
+        meaning = "the poses are from that file too, of one refinement" if poses is None else _IF
+        origin = f"Halves are those of {listing.half_name} in {listing.path}; {meaning}."
     else:
         half, unit = split_halves(_image_number(listing), listing.group, seed)
         name = f"the draw by {unit} from seed {seed}"

@@ -103,10 +103,10 @@ def require_signal(maps: LinearMaps) -> None:
         raise InputError(
             f"beyond a round ball of density the linear half maps agree in {agreed} shells of {len(curve) - 1} (FSC "
             f"{RESOLUTION_THRESHOLD_HALF_MAPS}, clear of its noise): there is nothing that a mixture could be fitted "
-            "to. Check that data.poses and data.ctf belong to this stack, row by row; that the rotations are not "
-            "transposed; that the A/px and box of data.ctf are those of these images; that data.ctf is given if the "
-            "images have a CTF; and how many particles there are. cryosplat backproject shows the maps in seconds. "
-            "data.check_signal=false trains all the same"
+            "to. Check that poses and CTF (data.poses, data.ctf, or the columns of data.particles) belong to this "
+            "stack, row by row; that the rotations are not transposed; that A/px and box are those of these images; "
+            "that there is a CTF if the images have one; and how many particles there are. cryosplat backproject shows "
+            "the maps in seconds. data.check_signal=false trains all the same"
         )
 
 

@@ -1,29 +1,32 @@
-"""Which image is which particle: rows of .mrcs, .star, .cs and .txt files, before any pixel is read.
+"""Which image is which particle: rows of .mrcs, .star, .cs and .txt files, before any pixel is read."""
 
-The tables are read here and not by cryodrgn, whose star parser keeps every
-column of every row as fixed-width text: 1.9 GB and 8 s for 100,000 particles,
-in every process. Only the few columns that are needed are kept.
-"""
-
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cryosplat.columns import Columns, join_optics, read_star
 from cryosplat.errors import InputError
 from cryosplat.images import read_header
 from cryosplat.unpickle import read_npy
 
-_STAR_COLUMNS = (
-    "_rlnImageName",
-    "_rlnMicrographName",
-    "_rlnRandomSubset",
-    "_rlnOpticsGroup",
-    "_rlnImagePixelSize",
-    "_rlnDetectorPixelSize",
-    "_rlnMagnification",
+_CS_COLUMNS = (
+    "blob/idx",
+    "blob/shape",
+    "blob/psize_A",
+    "blob/sign",
+    "alignments3D/split",
+    "alignments3D/pose",
+    "alignments3D/shift",
+    "alignments3D/psize_A",
+    "ctf/df1_A",
+    "ctf/df2_A",
+    "ctf/df_angle_rad",
+    "ctf/accel_kv",
+    "ctf/cs_mm",
+    "ctf/amp_contrast",
+    "ctf/phase_shift_rad",
 )
 
 
@@ -40,7 +43,9 @@ class Listing:
         group: (N,) int64, micrograph, or -1 where the file does not say.
         half: (N,) int64 as the file gives it (1, 2 or 0, 1), or None.
         half_name: the column ``half`` comes from.
-        pixel_size_a: (N,) float64 A/px of the stored images, or None.
+        pixel_size_a: (N,) float64 A/px of the images of ``box`` pixels, or None.
+        box: (N,) float64 px, what the file says of it, or None.
+        columns: what a .star or .cs file says of poses and CTF; None for other files.
     """
 
     path: Path
@@ -51,29 +56,40 @@ class Listing:
     half: np.ndarray | None = None
     half_name: str = ""
     pixel_size_a: np.ndarray | None = None
+    box: np.ndarray | None = None
+    columns: Columns | None = None
 
     def __len__(self) -> int:
         return len(self.stack)
 
 
-def read_listing(path: Path, folders: Sequence[Path]) -> Listing:
+def read_listing(path: Path, folders: Sequence[Path], passthrough: Path | None = None) -> Listing:
     """Read the list of particles of a .mrcs, .mrc, .star, .cs or .txt file.
 
     Args:
         path: the file.
         folders: where to look for stacks named by relative paths; only a .txt needs them here, to count images.
+        passthrough: a second .cs file with further columns of the same particles; only with a .cs.
 
     Raises:
         InputError: missing, another extension, or not what its extension says.
     """
-    readers = {".mrcs": _read_stack_file, ".mrc": _read_stack_file, ".star": _read_star_file, ".cs": _read_cs_file}
+    readers = {
+        ".mrcs": _read_stack_file,
+        ".mrc": _read_stack_file,
+        ".star": _read_star_file,
+        ".cs": lambda path: _read_cs_file(path, passthrough),
+        ".txt": lambda path: _read_text_file(path, folders),
+    }
     suffix = path.suffix.lower()
-    if suffix not in readers and suffix != ".txt":
+    if suffix not in readers:
         raise InputError(f"{path}: data.particles must be a .mrcs, .mrc, .star, .cs or .txt file, not {suffix!r}")
     if not path.is_file():
         raise InputError(f"{path}: no such file (data.particles; relative paths are relative to data_root)")
+    if passthrough is not None and suffix != ".cs":
+        raise InputError(f"data.passthrough={passthrough}: only a .cs file has one, and data.particles is {path}")
     try:
-        listing = _read_text_file(path, folders) if suffix == ".txt" else readers[suffix](path)
+        listing = readers[suffix](path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not len(listing):
@@ -145,122 +161,122 @@ def _read_text_file(path: Path, folders: Sequence[Path]) -> Listing:
     return Listing(path, names, stack, np.concatenate(slices) if slices else np.zeros(0, int), np.full(len(stack), -1))
 
 
-def _read_cs_file(path: Path) -> Listing:
-    table = read_npy(path)
-    fields = (table.dtype.names or ()) if table.ndim == 1 else ()
+def _read_cs_file(path: Path, passthrough: Path | None) -> Listing:
+    own = _cs_fields(path, "particle .cs file")
+    fields = own if passthrough is None else _merge(path, own, passthrough)
     if not {"blob/path", "blob/idx"} <= set(fields):
-        raise InputError(f"{path}: not a particle .cs file: it has no blob/path and blob/idx")
-    raw, which = np.unique(table["blob/path"], return_inverse=True)
+        raise InputError(f"{path}: not a particle .cs file: it has no blob/path and blob/idx{passthrough_hint(path)}")
+    raw, which = np.unique(fields["blob/path"], return_inverse=True)
     # cryoSPARC marks paths into its own project with ">".
     text = [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in raw.tolist()]
     names, place = _number(name.removeprefix(">") for name in text)
-    group = np.full(len(table), -1)
+    count = len(which)
+    group = np.full(count, -1)
     for field in ("location/micrograph_uid", "location/micrograph_path"):
         if field in fields:
-            group = np.unique(table[field], return_inverse=True)[1].astype(np.int64)
+            group = np.unique(fields[field], return_inverse=True)[1].astype(np.int64)
             break
-    slices = _cs_numbers(path, table, "blob/idx", np.int64)
-    half = _cs_numbers(path, table, "alignments3D/split", np.int64) if "alignments3D/split" in fields else None
-    size = _cs_numbers(path, table, "blob/psize_A", np.float64).round(6) if "blob/psize_A" in fields else None
-    return Listing(path, names, place[which], slices, group, half, "alignments3D/split", size)
+    columns = Columns(path, {name: fields[name].copy() for name in _CS_COLUMNS if name in fields})
+    half = _cs_integers(columns, "alignments3D/split") if "alignments3D/split" in columns else None
+    size = columns.take("blob/psize_A").round(6) if "blob/psize_A" in columns else None
+    box = columns.take("blob/shape", shape=(2,))[:, 0] if "blob/shape" in columns else None
+    slices = _cs_integers(columns, "blob/idx")
+    name = "alignments3D/split" if "alignments3D/split" in own else f"alignments3D/split (of {passthrough})"
+    return Listing(path, names, place[which], slices, group, half, name, size, box, columns)
 
 
-def _cs_numbers(path: Path, table: np.ndarray, field: str, dtype: type) -> np.ndarray:
-    column = table[field]
-    if column.ndim != 1 or column.dtype.kind not in ("iu" if dtype is np.int64 else "iuf"):
-        raise InputError(f"{path}: {field} is of type {table.dtype[field]}, not one number a row")
-    return column.astype(dtype)
+def _cs_fields(path: Path, what: str) -> dict[str, np.ndarray]:
+    table = read_npy(path)
+    if table.ndim != 1 or not table.dtype.names:
+        raise InputError(f"{path}: not a {what}: it has no blob/path and blob/idx, nor any other column")
+    return {name: table[name] for name in table.dtype.names}
+
+
+def _cs_integers(columns: Columns, name: str) -> np.ndarray:
+    if columns.values[name].dtype.kind not in "iu":
+        raise InputError(f"{columns.path}: {name} is of type {columns.values[name].dtype}, not one whole number a row")
+    return columns.take(name).astype(np.int64)
+
+
+def _merge(path: Path, fields: dict[str, np.ndarray], passthrough: Path) -> dict[str, np.ndarray]:
+    """The columns of ``path`` and, of the same particles (by uid), those that only ``passthrough`` has."""
+    others = _cs_fields(passthrough, "passthrough .cs file")
+    for file, columns in ((path, fields), (passthrough, others)):
+        if "uid" not in columns or columns["uid"].dtype.kind not in "iu" or columns["uid"].ndim != 1:
+            raise InputError(
+                f"{file}: no column uid of whole numbers, by which data.particles and data.passthrough are merged"
+            )
+    order = np.argsort(others["uid"], kind="stable")
+    known = others["uid"][order]
+    if (known[1:] == known[:-1]).any():
+        row = order[1:][known[1:] == known[:-1]][0]
+        raise InputError(f"{passthrough}: row {row} repeats the uid {others['uid'][row]}; export the file again")
+    place = np.minimum(np.searchsorted(known, fields["uid"]), max(len(known) - 1, 0))
+    lacking = np.flatnonzero(known[place] != fields["uid"]) if len(known) else np.arange(len(fields["uid"]))
+    if len(lacking):
+        raise InputError(
+            f"{passthrough}: it lacks {len(lacking)} of the {len(fields['uid'])} particles of {path}, the first in row "
+            f"{lacking[0]} (uid {fields['uid'][lacking[0]]}); give the passthrough file of the same job"
+        )
+    return fields | {name: values[order[place]] for name, values in others.items() if name not in fields}
+
+
+def passthrough_hint(path: Path) -> str:
+    """What to try where a .cs file lacks columns: the passthrough file beside it, if there is one."""
+    beside = sorted(path.parent.glob("*passthrough*.cs"))
+    found = f"data.passthrough={beside[0]}" if beside and beside[0] != path else "its job's passthrough file"
+    return f"; what a .cs file lacks is often in {found} (data.passthrough names one more file, merged by uid)"
 
 
 def _read_star_file(path: Path) -> Listing:
-    tables = _read_star_tables(path)
-    particles = next((table for table in tables.values() if "_rlnImageName" in table), None)
+    tables = read_star(path)
+    particles = next((table for table in tables.values() if "_rlnImageName" in table.text), None)
     if particles is None:
         raise InputError(f"{path}: no table with a column _rlnImageName; it is not a star file of particles")
-    split = [name.partition("@") for name in particles["_rlnImageName"]]
-    slices = _numbers(path, "_rlnImageName", (number for number, _, _ in split), int, "number@stack.mrcs") - 1
+    split = [name.partition("@") for name in particles.text["_rlnImageName"]]
+    slices = _image_numbers(path, [number for number, _, _ in split]) - 1
     nameless = next((row for row, part in enumerate(split) if not part[2]), None)
     if nameless is not None:
         raise InputError(f"{path}: row {nameless}: _rlnImageName {split[nameless][0]!r} is not number@stack.mrcs")
     names, stack = _number(name for _, _, name in split)
     group = np.full(len(stack), -1)
-    if "_rlnMicrographName" in particles:
-        group = _number(particles["_rlnMicrographName"])[1].astype(np.int64)
+    if "_rlnMicrographName" in particles.text:
+        group = _number(particles.text["_rlnMicrographName"])[1].astype(np.int64)
+    columns = join_optics(path, particles, tables.get("data_optics"))
     half = None
-    if "_rlnRandomSubset" in particles:
-        half = _numbers(path, "_rlnRandomSubset", particles["_rlnRandomSubset"], int, "1 or 2")
-    size = _star_pixel_size(path, particles, tables.get("data_optics", {}))
-    return Listing(path, names, stack, slices, group, half, "rlnRandomSubset", size)
+    if "_rlnRandomSubset" in columns:
+        values = columns.take("_rlnRandomSubset", expected="1 or 2")
+        half = np.clip(values, -1, 3).astype(np.int64)
+        bad = np.flatnonzero(half != values)
+        if len(bad):
+            raise InputError(f"{path}: row {bad[0]}: _rlnRandomSubset is {values[bad[0]]:g}, expected 1 or 2")
+    box = columns.take("_rlnImageSize") if "_rlnImageSize" in columns else None
+    size = _star_pixel_size(columns)
+    return Listing(path, names, stack, slices, group, half, "rlnRandomSubset", size, box, columns)
 
 
-def _star_pixel_size(path: Path, particles: dict[str, list[str]], optics: dict[str, list[str]]) -> np.ndarray | None:
-    """A/px of every particle: from the optics groups (RELION 3.1 on), the particles, or detector and magnification."""
-    size_name, group_name = "_rlnImagePixelSize", "_rlnOpticsGroup"
-    if size_name in optics and group_name in optics and group_name in particles:
-        sizes = _numbers(path, size_name, optics[size_name], float, "A/px")
-        by_group = dict(zip(optics[group_name], sizes, strict=True))
-        unknown = next((row for row, name in enumerate(particles[group_name]) if name not in by_group), None)
-        if unknown is not None:
-            group = particles[group_name][unknown]
-            raise InputError(f"{path}: row {unknown}: optics group {group} is not in data_optics")
-        return np.array([by_group[name] for name in particles[group_name]])
-    if size_name in particles:
-        return _numbers(path, size_name, particles[size_name], float, "A/px")
-    if "_rlnDetectorPixelSize" in particles and "_rlnMagnification" in particles:
-        detector_um = _numbers(path, "_rlnDetectorPixelSize", particles["_rlnDetectorPixelSize"], float, "a number")
-        magnification = _numbers(path, "_rlnMagnification", particles["_rlnMagnification"], float, "a number")
+def _star_pixel_size(columns: Columns) -> np.ndarray | None:
+    """A/px of every particle: of its optics group (RELION 3.1 on), its own, or by detector and magnification."""
+    if "_rlnImagePixelSize" in columns:
+        return columns.take("_rlnImagePixelSize", expected="A/px")
+    if "_rlnDetectorPixelSize" in columns and "_rlnMagnification" in columns:
+        detector_um, magnification = columns.take("_rlnDetectorPixelSize"), columns.take("_rlnMagnification")
         return 1e4 * detector_um / np.where(magnification > 0, magnification, np.nan)
     return None
 
 
-def _numbers(path: Path, column: str, values: Iterable[str], kind: type, expected: str) -> np.ndarray:
-    """A star column as int64 or float64 (N,)."""
+def _image_numbers(path: Path, values: list[str]) -> np.ndarray:
+    """The numbers before the @ of _rlnImageName, int64 (N,)."""
     row = 0
 
     def convert():
         nonlocal row
         for value in values:
-            yield kind(value)
+            yield int(value)
             row += 1
 
-    values = list(values)
     try:
-        return np.fromiter(convert(), dtype=np.int64 if kind is int else np.float64, count=len(values))
+        return np.fromiter(convert(), dtype=np.int64, count=len(values))
     except (ValueError, OverflowError):
-        raise InputError(f"{path}: row {row}: {column} is {values[row][:40]!r}, expected {expected}") from None
-
-
-def _read_star_tables(path: Path) -> dict[str, dict[str, list[str]]]:
-    """The needed columns of every looped table of a STAR file, by block name, values as text."""
-    tables: dict[str, dict[str, list[str]]] = {}
-    block, columns, kept = "", [], None
-    with open(path, encoding="utf-8") as handle:
-        for number, line in enumerate(handle, start=1):
-            words = line.split()
-            if not words or words[0].startswith("#"):
-                continue
-            if words[0].startswith("data_") and len(words) == 1:
-                block, columns, kept = words[0], [], None
-            elif words[0] == "loop_":
-                columns, kept = [], None
-            elif words[0].startswith("_"):
-                columns.append(words[0])
-            else:
-                if kept is None:
-                    kept = {name: index for index, name in enumerate(columns) if name in _STAR_COLUMNS}
-                    if kept:
-                        tables[block] = {name: [] for name in kept}
-                if '"' in line or "'" in line:
-                    words = _split_quoted(path, number, line)
-                if kept and len(words) != len(columns):
-                    raise InputError(f"{path}: line {number} has {len(words)} values for {len(columns)} columns")
-                for name, index in kept.items():
-                    tables[block][name].append(words[index])
-    return tables
-
-
-def _split_quoted(path: Path, number: int, line: str) -> list[str]:
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise InputError(f"{path}: line {number}: {str(error).lower()}") from error
+        message = f"{path}: row {row}: _rlnImageName is {values[row][:40]!r}, expected number@stack.mrcs"
+        raise InputError(message) from None

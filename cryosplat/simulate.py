@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from cryosplat import stackfiles
+from cryosplat.alignments import check_ctf, check_poses
 from cryosplat.atoms import Atoms, density, read_model, soft_mask
 from cryosplat.conventions import euler_to_rotation
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
-from cryosplat.particles import check_ctf, check_poses
 from cryosplat.phantom import protein_phantom
 from cryosplat.slices import FourierSlicer, project
 from cryosplat.unpickle import read_pickle

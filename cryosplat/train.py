@@ -183,7 +183,7 @@ class Run:
             )
         where = {"device": world.device, "cache": self.memory.cache}
         with self.watch.going_at_once(lambda: self._interrupted("nothing is to be saved yet")):
-            dataset = ParticleDataset(table, owned, data.box, data.invert, data.precision, **where)
+            dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
         logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
         return dataset
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import cryosplat
 from cryosplat import figures, verdicts
-from cryosplat.config import INPUTS, Config, load_config, resolve_path
+from cryosplat.config import Config, input_paths, load_config, resolve_path
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
 from cryosplat.fsc import fsc, read_maps
@@ -137,12 +137,10 @@ def _base(folder: Path, config: Config) -> Path:
             base = base.parent
     else:
         base = Path.cwd()
-    for name in INPUTS:
-        value = getattr(config.data, name)
-        if value and not (base / resolve_path(config, value)).exists():
+    for name, path in input_paths(config).items():
+        if not (base / path).exists():
             raise InputError(
-                f"data.{name}: there is no {base / resolve_path(config, value)}; start validate in the folder "
-                f"in which {folder} was trained"
+                f"data.{name}: there is no {base / path}; start validate in the folder in which {folder} was trained"
             )
     return base
 

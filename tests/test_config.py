@@ -220,7 +220,7 @@ def test_the_papers_sets_leave_the_recipe_open(name, box):
     assert (config.recipe, config.model, config.volume) == ("default", Config().model, Config().volume)
     assert config.train == Config().train
     # The one stack of the four whose particles are dark.
-    assert config.data.invert == (name != "10076")
+    assert (config.data.invert is False) == (name == "10076")
     files = (config.data.particles, config.data.poses, config.data.ctf)
     assert all(re.match(f"empiar{name}/inputs/", file) for file in files) and config.run_dir == f"runs/{name}"
     paper = load_config(name, ["recipe=paper"])
@@ -324,6 +324,16 @@ def test_inputs_are_looked_for_under_data_root(tmp_path):
         check_files(load_config(None, [*settings, "data.truth=truth.mrc"]))
     with pytest.raises(InputError, match="data.datadir: there is no folder"):
         check_files(load_config(None, [*settings, "data.datadir=stack.mrcs"]))
+
+
+@pytest.mark.parametrize("name", ["p.star", "P.CS"])
+def test_a_particle_file_that_may_have_poses_is_enough(tmp_path, name):
+    (tmp_path / name).touch()
+    settings = [f"data_root={tmp_path}", f"data.particles={name}"]
+    check_files(load_config(None, [*settings, "data.ctf=none", "data.poses="]))
+    for key in ("passthrough", "ctf"):
+        with pytest.raises(InputError, match=rf"data\.{key}: there is no file {tmp_path}/q\.cs"):
+            check_files(load_config(None, [*settings, f"data.{key}=q.cs"]))
 
 
 @pytest.mark.parametrize("name", ["particles", "poses"])

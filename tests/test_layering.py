@@ -26,7 +26,7 @@ LAYERS = (
     ),
     ("cudaops", "placement"),
     # Single files and single operations.
-    ("ending", "files", "unpickle", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
+    ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
     (
         "config",
         "volumes",
@@ -40,7 +40,7 @@ LAYERS = (
         "gaussians",
         "masks",
     ),
-    ("distributed", "optimiser", "stepgraph", "halves", "runs", "fsc"),
+    ("distributed", "optimiser", "stepgraph", "halves", "alignments", "runs", "fsc"),
     ("interruption",),
     ("fitkeeping", "descent"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
