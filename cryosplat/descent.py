@@ -110,6 +110,7 @@ class Descent:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state()`` of a descent of the same form, settings and number of Gaussians."""
         parameters = self._mixture.mixtures[0]
         self.steps = state["steps"]
         with torch.no_grad():

@@ -15,7 +15,6 @@ from views import WORLD
 from cryosplat import backprojection, cudaops, gaussians, spectral
 from cryosplat.config import ModelConfig, VolumeConfig
 from cryosplat.dataset import ParticleDataset, radial_noise
-from cryosplat.particles import read_particles
 from cryosplat.reconstruction import Reconstruction
 from cryosplat.volumefit import Problem, fit, whole
 
@@ -71,12 +70,7 @@ def test_a_training_step_is_that_of_the_cpu(models, box):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    stack = training_set.training_set(tmp_path_factory)
-    config = training_set.config(stack, stack, of=training_set.VOLUME_SETTINGS)
-    table = read_particles(config.data, config.data_root, 0, True)
-    dataset = ParticleDataset(table, np.arange(len(table)))
-    dataset.normalise(dataset.statistics.deviation)
-    return dataset
+    return training_set.images(tmp_path_factory)
 
 
 def linear_map_and_fit(dataset: ParticleDataset) -> tuple[np.ndarray, torch.Tensor]:

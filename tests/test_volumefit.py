@@ -10,12 +10,11 @@ from views import WORLD
 
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
 from cryosplat.config import ModelConfig, VolumeConfig
-from cryosplat.dataset import ParticleDataset, radial_noise
+from cryosplat.dataset import radial_noise
 from cryosplat.errors import InputError
 from cryosplat.fsc import fsc
 from cryosplat.gaussians import AMPLITUDE, MEAN, SCALE, GaussianMixture
 from cryosplat.masks import mask_from_map, spherical_mask
-from cryosplat.particles import read_particles
 from cryosplat.quadratic import NormalEquations
 from cryosplat.reconstruction import Reconstruction
 from cryosplat.sectors import SectorSums
@@ -31,11 +30,7 @@ TRUTH = training_set.true_map()
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Of the training set, and their radial noise power (2, S)."""
-    stack = training_set.training_set(tmp_path_factory)
-    config = training_set.config(stack, stack, of=training_set.VOLUME_SETTINGS)
-    table = read_particles(config.data, config.data_root, 0, True)
-    dataset = ParticleDataset(table, np.arange(len(table)))
-    dataset.normalise(dataset.statistics.deviation)
+    dataset = training_set.images(tmp_path_factory)
     return dataset, radial_noise(dataset.statistics.power, dataset.statistics.count)
 
 

@@ -17,7 +17,9 @@ import torch
 
 from cryosplat import figures, train
 from cryosplat.config import Config, load_config
+from cryosplat.dataset import ParticleDataset
 from cryosplat.monitor import Monitor
+from cryosplat.particles import read_particles
 from cryosplat.simulate import SimulateOptions, simulate
 from cryosplat.volumes import write_map
 
@@ -87,6 +89,16 @@ def settings(stack: Path, run_dir: Path, *others: str, of=SETTINGS) -> list[str]
 
 def config(stack: Path, run_dir: Path, *others: str, of=SETTINGS) -> Config:
     return load_config(None, settings(stack, run_dir, *others, of=of))
+
+
+def images(tmp_path_factory) -> ParticleDataset:
+    """All particles, read and normalised."""
+    stack = training_set(tmp_path_factory)
+    of_run = config(stack, stack, of=VOLUME_SETTINGS)
+    table = read_particles(of_run.data, of_run.data_root, 0, True)
+    dataset = ParticleDataset(table, np.arange(len(table)))
+    dataset.normalise(dataset.statistics.deviation)
+    return dataset
 
 
 @contextlib.contextmanager
