@@ -14,22 +14,20 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from cryosplat import checkpoint, distributed, fitkeeping, interruption
-from cryosplat.backprojection import LinearHalf, back_project, linear_half
+from cryosplat import checkpoint, distributed, fitkeeping, interruption, start
+from cryosplat.backprojection import LinearHalf
 from cryosplat.config import Config, check_files, load_config
-from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.ending import ending
 from cryosplat.errors import InputError, Interrupted, is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, read_comparison
-from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.fitkeeping import FitKeeper
 from cryosplat.fscsuite import FscSuite
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.holdout import HoldOut
-from cryosplat.linearmaps import linear_maps, require_sign, require_signal
 from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.particles import ParticleTable, read_particles
+from cryosplat.preparation import Preparation
 from cryosplat.products import half_map_curves, hardware, log_evaluation, write_products
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runlock import RunLock
@@ -39,13 +37,6 @@ from cryosplat.trainer import Report, Trainer
 from cryosplat.volumefit import Fitted, Problem, fit_all, make_problems
 
 logger = logging.getLogger("cryosplat.train")  # __name__ is __main__ under python -m
-
-
-NARROWEST_PX = 0.5
-"""Least standard deviation of a Gaussian. Images and maps are samples at pixel centres, and the sum over pixels of a
-narrower one depends on where between them it lies (docs/physics.md): by 3 % at 0.5 px, several times at 0.25 px."""
-
-_NULLS = {"noise": "pixels", "phases": "phases beyond data.null_shell_a"}
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -105,27 +96,26 @@ class Run:
         grids = 2 if config.maps.halves else int(config.volume.steps > 0)
         self.memory = distributed.together(lambda: plan_memory(config, table, plan, world, free, grids), world)
         distributed.doing("reading images")
-        dataset = distributed.together(lambda: self._read_images(table, plan), world)
+        self.images = images = distributed.together(lambda: self._read_images(table, plan), world)
+        dataset = images.dataset
         self._go_if_asked("nothing is to be saved yet")
-        weights = self._share_statistics(dataset)
+        images.share_statistics()
         self.comparison = distributed.together(
             lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
         )
         settings = replace(config.train, micro_batch=self.memory.micro_batch)
         if config.volume.steps:
-            distributed.together(lambda: self._make_null(dataset), world)
-            halves = self._back_project(dataset, plan)
-            mixture = self._mixture(dataset, plan, halves)
-            self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), settings)
+            distributed.together(images.make_null, world)
+            mixture = self._mixture(self._back_project())
+            self.trainer = Trainer(world, table, dataset, plan, self._see(mixture), settings)
             self._resume()
         else:
-            mixture = self._mixture(dataset, plan, None)
-            self.trainer = Trainer(world, table, dataset, plan, self._see(mixture, dataset, weights), settings)
+            self.trainer = Trainer(world, table, dataset, plan, self._see(self._mixture(None)), settings)
             self._resume() or self.trainer.set_scale(config.data.check_sign)
             # After the grey scale was set: the null's mixtures then move as those of the real images do.
-            distributed.together(lambda: self._make_null(dataset), world)
-            halves = self._back_project(dataset, plan)
-        self.holdout = HoldOut(plan, dataset, self.noise, world, config.train.seed) if plan.held_out.any() else None
+            distributed.together(images.make_null, world)
+            self._back_project()
+        self.holdout = HoldOut(plan, dataset, images.noise, world, config.train.seed) if plan.held_out.any() else None
         self._begin()
 
     def _begin(self) -> None:
@@ -174,123 +164,46 @@ class Run:
         halves = self.config.maps.halves
         return read_particles(self.config.data, self.config.data_root, self.config.train.seed, halves)
 
-    def _read_images(self, table: ParticleTable, plan: BatchPlan) -> ParticleDataset:
-        data, world = self.config.data, self.world
-        owned = np.flatnonzero(plan.owner(world.size) == world.rank)
-        if world.is_main:
-            logger.info(
-                "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
-            )
-        where = {"device": world.device, "cache": self.memory.cache}
+    def _read_images(self, table: ParticleTable, plan: BatchPlan) -> Preparation:
         with self.watch.going_at_once(lambda: self._interrupted("nothing is to be saved yet")):
-            dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
-        logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
-        return dataset
+            return Preparation(self.config, self.world, table, plan, self.memory.cache)
 
-    def _share_statistics(self, dataset: ParticleDataset) -> torch.Tensor | None:
-        """Noise levels and spectra of all ranks' particles; the weights, if asked for."""
-        mine = dataset.statistics
-        # Every particle's numbers come from its one owner, so the sums are exact.
-        numbers, deviation, power, count = distributed.sum_arrays(
-            (mine.fingerprint, mine.deviation, mine.power, mine.count), self.world
-        )
-        self.same = same_images(numbers)
-        self.shared_images = images_in_both_halves(self.same, dataset.half)
-        if self.shared_images and self.world.is_main:
-            logger.warning(
-                "%d images have copies in both halves: the half maps are not independent", self.shared_images
-            )
-        dataset.normalise(deviation)
-        self.noise = radial_noise(power, count)
-        return noise_weights(power, count, dataset.box) if self.config.train.whiten else None
+    def _back_project(self) -> tuple[LinearHalf, ...] | None:
+        """The linear reconstruction of the images, and with halves ``self.linear``, which does not change any more."""
+        checked = self.config.data.null == "none" and not self.run.resumed
+        halves, self.linear = self.images.back_project(self.comparison, checked, watched=self.run.state is None)
+        return halves
 
-    def _make_null(self, dataset: ParticleDataset) -> None:
-        data = self.config.data
-        if data.null != "none":
-            dataset.make_null(data.null, data.null_seed, self.same, self.noise, data.null_shell_a)
-            logger.info("rank %d: null test: the images' %s are random", self.world.rank, _NULLS[data.null])
-
-    def _back_project(self, dataset: ParticleDataset, plan: BatchPlan) -> tuple[LinearHalf, ...] | None:
-        """The linear reconstruction of the images that are trained on, on rank 0: of both halves, or of all images.
-
-        With halves ``self.linear`` is what becomes of them: they do not change while it trains.
-        """
-        self.linear, halves, fits = None, self.config.maps.halves, self.config.volume.steps > 0
-        if not halves and not fits:
-            return None
-        world = self.world
-
-        def reconstruct(ids: np.ndarray, halves: bool) -> tuple[LinearHalf, ...] | None:
-            sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, halves=halves)
-            return None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
-
-        distributed.doing("the sums of images")
-        found = reconstruct(~plan.held_out, halves)
-        watched = fits and self.run.state is None and plan.held_out.any()
-        kept = reconstruct(plan.held_out, False) if watched else None
-        self.held_out = kept[0].equations if kept else None
-        distributed.wait_for_main(world)
-        distributed.together(lambda: self._look_at(found, dataset.pixel_size_a) if world.is_main else None, world)
-        return found
-
-    def _look_at(self, halves: tuple[LinearHalf, ...], pixel_size_a: float) -> None:
-        """Make the linear maps of the halves, and see whether they are worth fitting anything to."""
-        data, checked = self.config.data, self.config.data.null == "none" and not self.run.resumed
-        if checked and data.check_sign and self.config.volume.steps:
-            require_sign(halves)
-        if self.config.maps.halves:
-            self.linear = linear_maps(halves, pixel_size_a, self.comparison.mask, f"data.mask={data.mask}")
-        if checked and data.check_signal and self.linear is not None:
-            require_signal(self.linear)
-
-    def _mixture(
-        self, dataset: ParticleDataset, plan: BatchPlan, halves: tuple[LinearHalf, ...] | None
-    ) -> GaussianMixture:
+    def _mixture(self, halves: tuple[LinearHalf, ...] | None) -> GaussianMixture:
         """The mixtures that images are going to train: as saved, fitted in the volume, or at random."""
-        model, state = self.config.model, self.run.state
-        models = len(MODEL_NAMES) if self.config.maps.halves else 1
-        narrowest = NARROWEST_PX / dataset.box
-        scale_range = max(model.scale_min, narrowest), max(model.scale_max, 4 * narrowest)
-        start = max(model.scale, 1.5 * narrowest)
+        config, state, dataset = self.config, self.run.state, self.images.dataset
         if state is not None:
-            counts = [len(saved) for saved in state["trainer"]["mixtures"]]
-            return GaussianMixture(models, counts, model.amplitudes, scale_range)
-        if not self.config.volume.steps:
-            mixture = GaussianMixture(models, model.gaussians, model.amplitudes, scale_range)
-            mixture.start_randomly(model.spread, start, self.config.train.seed)
-            return mixture
+            return start.as_saved(config, dataset.box, state["trainer"]["mixtures"])
+        if not config.volume.steps:
+            return start.at_random(config, dataset.box)
+        began = time.perf_counter()
         problems = None
         if halves is not None:
-            problems = make_problems(halves, dataset.pixel_size_a, MODEL_NAMES, self.config.train.seed, self.held_out)
-        settings = replace(model, scale=start), self.config.volume, scale_range
-        began = time.perf_counter()
-        fitted = self._fit_all(problems, models, settings, plan)
+            problems = make_problems(halves, dataset.pixel_size_a, MODEL_NAMES, config.train.seed, self.images.held_out)
+        fitted = self._fit_all(problems, start.fit_settings(config, dataset.box))
         self.fit_seconds = time.perf_counter() - began
-        self.fit_gains = {name: one.gains for name, one in zip(MODEL_NAMES, fitted, strict=False)}
-        if fitted[0].held_out_gains:
-            self.fit_gains |= {
-                f"{name}_held_out": one.held_out_gains for name, one in zip(MODEL_NAMES, fitted, strict=False)
-            }
+        self.fit_gains = start.gains(fitted)
         if self.world.is_main:
             fitted[0].warn(MODEL_NAMES[0])
-        mixture = GaussianMixture(models, [len(one.parameters) for one in fitted], model.amplitudes, scale_range)
-        with torch.no_grad():
-            for m, one in enumerate(fitted):
-                mixture.mixtures[m].copy_(one.parameters)
-                mixture.unit[m] = one.unit
-        return mixture
+        return start.as_fitted(config, dataset.box, fitted)
 
-    def _fit_all(self, problems: list[Problem] | None, models: int, settings: tuple, plan: BatchPlan) -> list[Fitted]:
+    def _fit_all(self, problems: list[Problem] | None, settings: tuple) -> list[Fitted]:
         """Fit, with what is done so far kept in the run directory, which is there no longer if a fit is refused."""
         new = not self.begun
         self._go_if_asked("nothing is to be saved yet")
         self._begin()
         distributed.doing("fitting in the volume")
+        plan = self.images.plan
         key = hashlib.sha256(plan.half.tobytes() + plan.held_out.tobytes()).hexdigest()
         every_s = 60 * self.config.checkpoint.every_minutes
         keeper = FitKeeper(self.run.checkpoints, key, every_s, self.watch)
         try:
-            return fit_all(problems, models, settings, self.world, keeper)
+            return fit_all(problems, start.models(self.config), settings, self.world, keeper)
         except Interrupted:
             raise self._interrupted("the fits in the volume are kept as they stand") from None
         except InputError:
@@ -298,12 +211,11 @@ class Run:
                 give_up_run(self.run, self.lock)
             raise
 
-    def _see(self, mixture: GaussianMixture, dataset: ParticleDataset, weights: torch.Tensor | None) -> Reconstruction:
+    def _see(self, mixture: GaussianMixture) -> Reconstruction:
         """The mixtures as images show them."""
-        cutoff = self.config.model.cutoff
-        return Reconstruction(mixture, dataset.box, dataset.pixel_size_a, weights, cutoff, self.world.size).to(
-            self.world.device
-        )
+        dataset, weights, cutoff = self.images.dataset, self.images.weights, self.config.model.cutoff
+        seen = Reconstruction(mixture, dataset.box, dataset.pixel_size_a, weights, cutoff, self.world.size)
+        return seen.to(self.world.device)
 
     def _resume(self) -> bool:
         """Go on from the saved state, if there is one; whether there was."""
@@ -415,7 +327,7 @@ class Run:
             **(evaluation.summary() if evaluation else {}),
             "particles": trainer.plan.particles,
             "held_out": int(trainer.plan.held_out.sum()),
-            "images_in_both_halves": self.shared_images,
+            "images_in_both_halves": self.images.shared,
             "gaussians": trainer.reconstruction.mixture.counts[0],
             "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.counts, strict=False)),
             "box": trainer.reconstruction.box,

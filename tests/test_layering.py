@@ -54,6 +54,7 @@ LAYERS = (
     ("linearmaps", "volumefit"),
     ("memory",),
     ("evaluation", "trainer", "holdout"),
+    ("start", "preparation"),
     ("products",),
     # What people call.
     ("train", "validation", "backprojectcommand", "doctor"),

@@ -1,0 +1,121 @@
+"""A rank's images before training: read, brought to one scale with those of all ranks, and summed to linear maps."""
+
+import logging
+
+import numpy as np
+
+from cryosplat import distributed
+from cryosplat.backprojection import LinearHalf, back_project, linear_half
+from cryosplat.config import Config
+from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
+from cryosplat.evaluation import Comparison
+from cryosplat.fingerprints import images_in_both_halves, same_images
+from cryosplat.linearmaps import LinearMaps, linear_maps, require_sign, require_signal
+from cryosplat.particles import ParticleTable
+from cryosplat.sampling import BatchPlan
+
+logger = logging.getLogger("cryosplat.train")
+
+_NULLS = {"noise": "pixels", "phases": "phases beyond data.null_shell_a"}
+
+
+class Preparation:
+    """The images that a rank owns, and what is known of all ranks' images before anything is trained.
+
+    Args:
+        config: of the run.
+        table: all particles.
+        plan: which rank owns which of them, and which are held out.
+        cache: where images are held, "device" or "host".
+
+    Attributes:
+        dataset: the rank's images, read.
+        same: (N,) for every particle the first one whose image it shares.
+        shared: images with copies in both halves.
+        noise: (2, S) radial noise power of either half.
+        weights: (2, D, D//2+1) that whiten it, if that was asked for.
+        held_out: the likelihood of held-out images, on rank 0, once images were back-projected.
+
+    Raises:
+        InputError: an image that cannot be used.
+    """
+
+    def __init__(self, config: Config, world: distributed.World, table: ParticleTable, plan: BatchPlan, cache: str):
+        self.config, self.world, self.plan, data = config, world, plan, config.data
+        owned = np.flatnonzero(plan.owner(world.size) == world.rank)
+        if world.is_main:
+            logger.info(
+                "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
+            )
+        where = {"device": world.device, "cache": cache}
+        self.dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
+        logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), self.dataset.bytes_in_memory / 2**30)
+        self.held_out = None
+
+    def share_statistics(self) -> None:
+        """Bring the images of all ranks to one scale; a collective."""
+        mine = self.dataset.statistics
+        # Every particle's numbers come from its one owner, so the sums are exact.
+        numbers, deviation, power, count = distributed.sum_arrays(
+            (mine.fingerprint, mine.deviation, mine.power, mine.count), self.world
+        )
+        self.same = same_images(numbers)
+        self.shared = images_in_both_halves(self.same, self.dataset.half)
+        if self.shared and self.world.is_main:
+            logger.warning("%d images have copies in both halves: the half maps are not independent", self.shared)
+        self.dataset.normalise(deviation)
+        self.noise = radial_noise(power, count)
+        self.weights = noise_weights(power, count, self.dataset.box) if self.config.train.whiten else None
+
+    def make_null(self) -> None:
+        """Take the signal out of the images, for a null test, if that was asked for."""
+        data = self.config.data
+        if data.null != "none":
+            self.dataset.make_null(data.null, data.null_seed, self.same, self.noise, data.null_shell_a)
+            logger.info("rank %d: null test: the images' %s are random", self.world.rank, _NULLS[data.null])
+
+    def back_project(
+        self, comparison: Comparison | None, checked: bool, watched: bool
+    ) -> tuple[tuple[LinearHalf, ...] | None, LinearMaps | None]:
+        """The linear reconstruction of the images that are trained on: of both halves, or of all; a collective.
+
+        Args:
+            comparison: what maps are compared by, on rank 0.
+            checked: whether images that no map can be made of are to be refused.
+            watched: whether held-out images are to watch a fit in the volume.
+
+        Returns:
+            The reconstructions and, with halves, what becomes of them; on rank 0. None if a run needs none.
+
+        Raises:
+            InputError: images of the wrong sign, or halves that agree on nothing.
+        """
+        world, dataset, plan = self.world, self.dataset, self.plan
+        halves, fits = self.config.maps.halves, self.config.volume.steps > 0
+        if not halves and not fits:
+            return None, None
+
+        def reconstruct(ids: np.ndarray, halves: bool) -> tuple[LinearHalf, ...] | None:
+            sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, halves=halves)
+            return None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
+
+        distributed.doing("the sums of images")
+        found = reconstruct(~plan.held_out, halves)
+        watched = watched and fits and plan.held_out.any()
+        kept = reconstruct(plan.held_out, False) if watched else None
+        self.held_out = kept[0].equations if kept else None
+        distributed.wait_for_main(world)
+        return found, distributed.together(
+            lambda: self._look_at(found, comparison, checked) if world.is_main else None, world
+        )
+
+    def _look_at(self, halves: tuple[LinearHalf, ...], comparison: Comparison, checked: bool) -> LinearMaps | None:
+        """Make the linear maps of the halves, and see whether they are worth fitting anything to."""
+        data, linear = self.config.data, None
+        if checked and data.check_sign and self.config.volume.steps:
+            require_sign(halves)
+        if self.config.maps.halves:
+            linear = linear_maps(halves, self.dataset.pixel_size_a, comparison.mask, f"data.mask={data.mask}")
+        if checked and data.check_signal and linear is not None:
+            require_signal(linear)
+        return linear
