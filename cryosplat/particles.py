@@ -53,7 +53,8 @@ class ParticleTable:
         rows: (N,) int64, row in the file that ``data.particles`` names.
         group: (N,) int64, micrograph, or -1 where unknown.
         held_out: (N,) bool, images that nothing may be trained on and no statistic be taken from.
-        invert: true for particles white on dark.
+        invert: true for particles white on dark, as far as the input says; the images have the last word (``sign``).
+        sign_origin: what says so: "data.invert", or a column of the file; empty if nothing does.
     """
 
     images: ImageReader
@@ -68,6 +69,7 @@ class ParticleTable:
     group: np.ndarray
     held_out: np.ndarray
     invert: bool = True
+    sign_origin: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,6 +115,7 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
     rotations, shifts = _read_poses(config, root, listing, rows, images.box, pixel_size_a)
     halves, poses = _path(root, config.halves), _path(root, config.poses)
     half, half_origin = assign_halves(listing, rows, halves, seed, half_maps, poses)
+    invert, sign_origin = _invert(config.invert, listing, rows)
     return ParticleTable(
         images=images,
         box=images.box,
@@ -125,7 +128,8 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
         rows=rows,
         group=listing.group[rows],
         held_out=hold_out(listing, rows, half, config.holdout, seed),
-        invert=_invert(config.invert, listing, rows),
+        invert=invert,
+        sign_origin=sign_origin,
     )
 
 
@@ -163,12 +167,12 @@ def _read_ctf(
     return check_ctf(path, columns[rows], rows, box)
 
 
-def _invert(asked: bool | None, listing: Listing, rows: np.ndarray) -> bool:
-    """``data.invert`` if that is set, else what the listing says, else true, as cryoDRGN has it."""
-    if asked is None:
-        said = table_invert(listing, rows)
-        return True if said is None else said
-    return asked
+def _invert(asked: bool | None, listing: Listing, rows: np.ndarray) -> tuple[bool, str]:
+    """``data.invert`` if that is set, else what the listing says, else true, as cryoDRGN has it; and what said so."""
+    if asked is not None:
+        return asked, "data.invert"
+    said = table_invert(listing, rows)
+    return (True, "") if said is None else (said, f"blob/sign of {listing.path}")
 
 
 def _path(root: Path, name: str | None) -> Path | None:

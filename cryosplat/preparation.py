@@ -10,9 +10,10 @@ from cryosplat.config import Config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.evaluation import Comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
-from cryosplat.linearmaps import LinearMaps, linear_maps, require_sign, require_signal
+from cryosplat.linearmaps import LinearMaps, linear_maps, require_signal
 from cryosplat.particles import ParticleTable
 from cryosplat.sampling import BatchPlan
+from cryosplat.sign import Sign, find_sign
 
 logger = logging.getLogger("cryosplat.train")
 
@@ -34,6 +35,7 @@ class Preparation:
         shared: images with copies in both halves.
         noise: (2, S) radial noise power of either half.
         weights: (2, D, D//2+1) that whiten it, if that was asked for.
+        sign: of the data.
         held_out: the likelihood of held-out images, on rank 0, once images were back-projected.
 
     Raises:
@@ -67,6 +69,25 @@ class Preparation:
         self.noise = radial_noise(power, count)
         self.weights = noise_weights(power, count, self.dataset.box) if self.config.train.whiten else None
 
+    def find_sign(self, table: ParticleTable, state: dict | None) -> None:
+        """Have the images in the sign that they turn out to be, or that a run which goes on was begun with.
+
+        Args:
+            table: all particles.
+            state: of that run; None: a new one.
+
+        Raises:
+            InputError: ``data.invert`` is set and clearly wrong.
+        """
+        data = self.config.data
+        if state is None:
+            check = data.check_sign and data.null == "none"
+            self.sign = find_sign(self.dataset, table, self.noise, self.world, self.config.train.seed, check)
+        else:
+            # Runs of before it was stored used what the input said, and stopped if the images did not agree.
+            self.sign = Sign(**state["sign"]) if "sign" in state else Sign(table.invert, 0.0, "")
+            self.dataset.set_sign(self.sign.invert)
+
     def make_null(self) -> None:
         """Take the signal out of the images, for a null test, if that was asked for."""
         data = self.config.data
@@ -88,7 +109,7 @@ class Preparation:
             The reconstructions and, with halves, what becomes of them; on rank 0. None if a run needs none.
 
         Raises:
-            InputError: images of the wrong sign, or halves that agree on nothing.
+            InputError: halves that agree on nothing.
         """
         world, dataset, plan = self.world, self.dataset, self.plan
         halves, fits = self.config.maps.halves, self.config.volume.steps > 0
@@ -112,8 +133,6 @@ class Preparation:
     def _look_at(self, halves: tuple[LinearHalf, ...], comparison: Comparison, checked: bool) -> LinearMaps | None:
         """Make the linear maps of the halves, and see whether they are worth fitting anything to."""
         data, linear = self.config.data, None
-        if checked and data.check_sign and self.config.volume.steps:
-            require_sign(halves)
         if self.config.maps.halves:
             linear = linear_maps(halves, self.dataset.pixel_size_a, comparison.mask, f"data.mask={data.mask}")
         if checked and data.check_signal and linear is not None:

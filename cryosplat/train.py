@@ -100,6 +100,7 @@ class Run:
         dataset = images.dataset
         self._go_if_asked("nothing is to be saved yet")
         images.share_statistics()
+        images.find_sign(table, run.state)
         self.comparison = distributed.together(
             lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
         )
@@ -111,7 +112,7 @@ class Run:
             self._resume()
         else:
             self.trainer = Trainer(world, table, dataset, plan, self._see(self._mixture(None)), settings)
-            self._resume() or self.trainer.set_scale(config.data.check_sign)
+            self._resume() or self.trainer.set_scale()
             # After the grey scale was set: the null's mixtures then move as those of the real images do.
             distributed.together(images.make_null, world)
             self._back_project()
@@ -306,6 +307,7 @@ class Run:
             "half": torch.from_numpy(self.trainer.plan.half),
             "held_out": torch.from_numpy(self.trainer.plan.held_out),
             "config": OmegaConf.to_yaml(OmegaConf.structured(self.config)),
+            "sign": self.images.sign.state(),
             "seconds": self._seconds(),
         }
         checkpoint.save(self.run.checkpoints, self.trainer.progress.step, state, self.config.checkpoint.keep)
@@ -342,6 +344,8 @@ class Run:
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
+            "invert": self.images.sign.invert,
+            "sign_certainty": self.images.sign.certainty,
             "halves": trainer.table.half_origin if self.config.maps.halves else None,
             "run_dir": str(self.run.folder),
         }
