@@ -8,10 +8,9 @@ import numpy as np
 
 from cryosplat.backprojection import LinearHalf
 from cryosplat.calibration import Calibration
-from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, fsc
-from cryosplat.masks import mask_from_map, radii, spherical_mask
+from cryosplat.masks import mask_from_map, spherical_mask
 
 logger = logging.getLogger(__name__)
 

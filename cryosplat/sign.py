@@ -179,13 +179,11 @@ def decide(certainty: float, table: ParticleTable, check: bool = True) -> Sign:
     flag = f"data.invert={str(found).lower()}"
     if not sure:
         origin = table.sign_origin or "cryoDRGN's default"
-        said = f"the images do not tell the sign of the data ({certainty:+.1f} standard errors, {CERTAINTY:g} would)"
-        return Sign(
-            table.invert,
-            certainty,
-            f"{said}; they are taken for {_look(table.invert)} by {origin}. data.invert={str(not table.invert).lower()} "
-            "takes them for the other",
+        words = (
+            f"the images do not tell the sign of the data ({certainty:+.1f} standard errors, {CERTAINTY:g} would): they "
+            f"are taken for {_look(table.invert)}, by {origin}; data.invert={str(not table.invert).lower()} is the other"
         )
+        return Sign(table.invert, certainty, words)
     if table.sign_origin == "data.invert" and table.invert != found:
         text = f"the images look inverted: {seen}, but data.invert={str(table.invert).lower()} is set"
         if check:

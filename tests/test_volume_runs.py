@@ -324,10 +324,10 @@ def test_a_sign_that_is_set_and_clearly_wrong_is_refused_unless_told_not_to_look
 
 
 @pytest.mark.parametrize("ranks_of_it", ["one", "two"])
-def test_a_flipped_stack_gives_the_same_maps(default_run, inverted, jobs, tmp_path, ranks_of_it):
+def test_a_flipped_stack_gives_the_same_maps(run_dir, inverted, jobs, tmp_path, ranks_of_it):
     """To the bit where nothing but the sign differs."""
     if ranks_of_it == "one":
-        found, expected = fitted(inverted, tmp_path / "run", OWN_COUNT), default_run
+        found, expected = fitted(inverted, tmp_path / "run", OWN_COUNT), run_dir
     else:
         found, expected = (jobs[0] / name / "run" for name in ("found", "two"))
     for name, volume in maps_of(expected).items():
