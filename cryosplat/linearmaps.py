@@ -8,9 +8,10 @@ import numpy as np
 
 from cryosplat.backprojection import LinearHalf
 from cryosplat.calibration import Calibration
+from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, fsc
-from cryosplat.masks import mask_from_map, spherical_mask
+from cryosplat.masks import mask_from_map, radii, spherical_mask
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,37 @@ def linear_maps(
             100 * maps.empty_share,
         )
     return maps
+
+
+def require_signal(maps: LinearMaps) -> None:
+    """Check that the linear half maps agree on more than a ball of density in the middle.
+
+    Images with wrong poses still make one, averaged over all directions, the same from either half. So each half map's
+    mean over directions is taken off first.
+
+    Raises:
+        InputError: what is left agrees in fewer than ``LEAST_SHELLS`` shells; with what to check.
+    """
+    left = (_without_ball(half.map) for half in maps.halves)
+    curve = fsc(*left, maps.pixel_size_a, maps.mask).fsc
+    voxels = maps.calibration.sums.voxels.sum(1) * float(np.mean(maps.mask**2))  # independent ones under the mask
+    clear = np.maximum(RESOLUTION_THRESHOLD_HALF_MAPS, SIGNAL_CERTAINTY / np.sqrt(np.maximum(voxels, 1)))
+    agreed = int((curve > clear)[1:].sum())
+    if agreed < LEAST_SHELLS:
+        raise InputError(
+            f"beyond a round ball of density the linear half maps agree in {agreed} shells of {len(curve) - 1} (FSC "
+            f"{RESOLUTION_THRESHOLD_HALF_MAPS}, clear of its noise): there is nothing that a mixture could be fitted "
+            "to. Check that poses and CTF (data.poses, data.ctf, or the columns of data.particles) belong to this "
+            "stack, row by row; that the rotations are not transposed; that A/px and box are those of these images; "
+            "that there is a CTF if the images have one; and how many particles there are. cryosplat backproject shows "
+            "the maps in seconds. data.check_signal=false trains all the same"
+        )
+
+
+def _without_ball(volume: np.ndarray) -> np.ndarray:
+    shell = np.rint(radii(len(volume))).astype(np.int64).ravel()
+    mean = np.bincount(shell, volume.ravel()) / np.maximum(np.bincount(shell), 1)
+    return volume - mean[shell].reshape(volume.shape).astype(np.float32)
 
 
 def _made(total: np.ndarray, pixel_size_a: float) -> tuple[np.ndarray, str]:

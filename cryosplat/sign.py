@@ -176,16 +176,16 @@ def decide(certainty: float, table: ParticleTable, check: bool = True) -> Sign:
     """
     found, sure = certainty > 0, abs(certainty) >= CERTAINTY
     seen = f"the particles are {_look(found)} ({certainty:+.1f} standard errors)"
-    flag = f"data.invert={str(found).lower()}"
+    flag = f"data.invert={_yaml(found)}"
     if not sure:
         origin = table.sign_origin or "cryoDRGN's default"
         words = (
-            f"the images do not tell the sign of the data ({certainty:+.1f} standard errors, {CERTAINTY:g} would): they "
-            f"are taken for {_look(table.invert)}, by {origin}; data.invert={str(not table.invert).lower()} is the other"
+            f"the images do not tell the sign of the data ({certainty:+.1f} standard errors, {CERTAINTY:g} would): they"
+            f" are taken for {_look(table.invert)}, by {origin}; data.invert={_yaml(not table.invert)} is the other"
         )
         return Sign(table.invert, certainty, words)
     if table.sign_origin == "data.invert" and table.invert != found:
-        text = f"the images look inverted: {seen}, but data.invert={str(table.invert).lower()} is set"
+        text = f"the images look inverted: {seen}, but data.invert={_yaml(table.invert)} is set"
         if check:
             raise InputError(
                 f"{text}. Leave data.invert out, and the sign is found from the images, or set {flag}; "
@@ -199,3 +199,7 @@ def decide(certainty: float, table: ParticleTable, check: bool = True) -> Sign:
 
 def _look(invert: bool) -> str:
     return "white on dark" if invert else "dark on white"
+
+
+def _yaml(value: bool) -> str:
+    return str(value).lower()
