@@ -241,7 +241,8 @@ class Run:
         if not self.world.is_main:
             return NullMonitor()
         step = self.trainer.progress.step
-        monitor = Monitor(self.run.folder, self.trainer.total_steps, step, self.run.resumed)
+        preface = () if self.run.resumed else (self.trainer.table.half_origin, self.images.sign.words)
+        monitor = Monitor(self.run.folder, self.trainer.total_steps, step, self.run.resumed, preface=preface)
         if not self.run.resumed:
             monitor.text("run/config", f"```yaml\n{OmegaConf.to_yaml(OmegaConf.structured(self.config))}```")
             monitor.text("run/hardware", hardware(self.world))

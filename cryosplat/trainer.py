@@ -132,7 +132,8 @@ class Trainer:
         sums = torch.zeros(2, self.reconstruction.mixture.models, dtype=torch.float64)
         for batch in self.dataset.batches(np.split(mine, range(SCALE_BATCH, len(mine), SCALE_BATCH))):
             terms = torch.stack(self.reconstruction.fit_unit(batch)).double().cpu()
-            if not bool(torch.isfinite(terms).all()):
+            power = batch.images.abs().square().sum((1, 2))  # of a particle alone, it makes the loss overflow
+            if not bool(torch.isfinite(terms).all() and torch.isfinite(power).all()):
                 with torch.no_grad():
                     losses = self.reconstruction.view_losses(batch)
                 worst = int(losses.nan_to_num(nan=torch.inf).amax(0).argmax())
