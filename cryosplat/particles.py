@@ -5,7 +5,7 @@ and named with its file and row (counted from 0).
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,14 @@ from cryosplat.alignments import (
     table_invert,
     table_poses,
 )
+from cryosplat.config import path_names
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.errors import InputError
-from cryosplat.halves import assign_halves, hold_out
+from cryosplat.halves import assign_halves, first_copies, hold_out
 from cryosplat.images import ImageReader, StackHeader, read_header
-from cryosplat.listing import Listing, read_listing, resolve_stacks
+from cryosplat.listing import Listing, read_listing
 from cryosplat.settings import NO_CTF, DataConfig
+from cryosplat.stackpaths import resolve_stacks
 from cryosplat.unpickle import read_integers
 
 _LOG = logging.getLogger("cryosplat")
@@ -50,7 +52,9 @@ class ParticleTable:
             voltage (kV), Cs (mm), amplitude contrast, phase shift (rad).
         half: (N,) int8, 0 for half a and 1 for half b.
         half_origin: a sentence that says where the halves come from.
+        half_from: "column" of the input, "file" (data.halves), or drawn by "micrograph" or "particle".
         rows: (N,) int64, row in the file that ``data.particles`` names.
+        listed: particles in that file.
         group: (N,) int64, micrograph, or -1 where unknown.
         held_out: (N,) bool, images that nothing may be trained on and no statistic be taken from.
         invert: true for particles white on dark, as far as the input says; the images have the last word (``sign``).
@@ -70,6 +74,8 @@ class ParticleTable:
     held_out: np.ndarray
     invert: bool = True
     sign_origin: str = ""
+    half_from: str = ""
+    listed: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,6 +83,21 @@ class ParticleTable:
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Raw pixels of the particles ``ids`` (n,), float32 (n, D, D); fastest for ids in order."""
         return self.images.read(ids)
+
+    def with_copies_together(self, same: np.ndarray) -> "ParticleTable":
+        """The same particles, copies of an image all in one half and all held out or none.
+
+        Args:
+            same: (N,) equal for copies.
+
+        Raises:
+            InputError: a half has no particles left.
+        """
+        first = first_copies(same, self.images.stack, self.images.slices)
+        half = self.half[first]
+        if len(np.unique(half)) < 2:
+            raise InputError(f"{self.images.table}: all {len(half)} images are copies; two halves need different ones")
+        return replace(self, half=half, held_out=self.held_out[first])
 
     def location(self, particle: int) -> str:
         """File and image of a particle, for messages."""
@@ -107,14 +128,15 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
         raise InputError(f"data.datadir: {datadir} is not a folder")
     # RELION's paths are relative to its project, so data_root is the second guess.
     folders = [datadir] if datadir is not None else list(dict.fromkeys([path.parent, root]))
-    listing = read_listing(path, folders, _path(root, config.passthrough))
+    passthroughs = [root / Path(name).expanduser() for name in path_names(config, "passthrough")]
+    listing = read_listing(path, folders, passthroughs, config.prefix)
     rows = _select(listing, _path(root, config.indices), config.first)
-    images, headers = _open_images(listing, rows, folders)
+    images, headers = _open_images(listing, rows, folders, config.prefix)
     ctf, pixel_size_a = _read_ctf(config, root, listing, rows, images.box)
     pixel_size_a = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
     rotations, shifts = _read_poses(config, root, listing, rows, images.box, pixel_size_a)
     halves, poses = _path(root, config.halves), _path(root, config.poses)
-    half, half_origin = assign_halves(listing, rows, halves, seed, half_maps, poses)
+    half, half_from, half_origin = assign_halves(listing, rows, halves, seed, half_maps, poses)
     invert, sign_origin = _invert(config.invert, listing, rows)
     return ParticleTable(
         images=images,
@@ -125,6 +147,8 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
         ctf=ctf,
         half=half,
         half_origin=half_origin,
+        half_from=half_from,
+        listed=len(listing),
         rows=rows,
         group=listing.group[rows],
         held_out=hold_out(listing, rows, half, config.holdout, seed),
@@ -203,14 +227,16 @@ def _select(listing: Listing, indices: Path | None, first: int | None) -> np.nda
     return rows
 
 
-def _open_images(listing: Listing, rows: np.ndarray, folders: list[Path]) -> tuple[ImageReader, list[StackHeader]]:
+def _open_images(
+    listing: Listing, rows: np.ndarray, folders: list[Path], prefix: str | None
+) -> tuple[ImageReader, list[StackHeader]]:
     """Find and check the stacks of the rows in use; stacks of other rows need not exist."""
     used, stack = np.unique(listing.stack[rows], return_inverse=True)
     names = [listing.names[index] for index in used]
     if names == [str(listing.path)]:
         paths = (listing.path,)
     else:
-        paths = resolve_stacks(listing.path, names, stack, folders)
+        paths = resolve_stacks(listing.path, names, stack, folders, prefix)
     headers = [read_header(path) for path in paths]
     for path, header in zip(paths, headers, strict=True):
         if header.box != headers[0].box:

@@ -25,9 +25,10 @@ LAYERS = (
         "batches",
         "settings",
     ),
-    ("cudaops", "placement"),
+    ("cudaops", "placement", "stackpaths"),
     # Single files and single operations.
     ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
+    ("csfiles",),
     (
         "config",
         "volumes",
