@@ -108,30 +108,25 @@ class ParticleTable:
         self.images.require_finite(images, ids)
 
 
-def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_maps: bool = True) -> ParticleTable:
+def read_particles(
+    config: DataConfig, data_root: str | Path, seed: int, half_maps: bool = True, listing: Listing | None = None
+) -> ParticleTable:
     """Read and check everything about the particles but their pixels.
 
     Args:
         config: which files; relative paths are relative to ``data_root``.
         seed: of the split into halves, if the input has none.
         half_maps: whether both halves are needed.
+        listing: ``list_particles`` of the same, if it is there already.
 
     Raises:
         InputError: anything wrong with the files, with the fix.
     """
     root = Path(data_root).expanduser()
-    path = _path(root, config.particles)
-    if path is None:
-        raise InputError("data.particles is not set")
-    datadir = _path(root, config.datadir)
-    if datadir is not None and not datadir.is_dir():
-        raise InputError(f"data.datadir: {datadir} is not a folder")
-    # RELION's paths are relative to its project, so data_root is the second guess.
-    folders = [datadir] if datadir is not None else list(dict.fromkeys([path.parent, root]))
-    passthroughs = [root / Path(name).expanduser() for name in path_names(config, "passthrough")]
-    listing = read_listing(path, folders, passthroughs, config.prefix)
-    rows = _select(listing, _path(root, config.indices), config.first)
-    images, headers = _open_images(listing, rows, folders, config.prefix)
+    listing = list_particles(config, root) if listing is None else listing
+    folders = stack_folders(config, root)
+    rows = select_rows(config, root, listing)
+    images, headers = open_images(listing, rows, folders, config.prefix)
     ctf, pixel_size_a = _read_ctf(config, root, listing, rows, images.box)
     pixel_size_a = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
     rotations, shifts = _read_poses(config, root, listing, rows, images.box, pixel_size_a)
@@ -155,6 +150,36 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
         invert=invert,
         sign_origin=sign_origin,
     )
+
+
+def list_particles(config: DataConfig, data_root: str | Path) -> Listing:
+    """The file that ``data.particles`` names, with those of ``data.passthrough``, before anything else is looked at.
+
+    Raises:
+        InputError: it is not set, or cannot be read.
+    """
+    root = Path(data_root).expanduser()
+    path = _path(root, config.particles)
+    if path is None:
+        raise InputError("data.particles is not set")
+    passthroughs = [root / Path(name).expanduser() for name in path_names(config, "passthrough")]
+    return read_listing(path, stack_folders(config, root), passthroughs, config.prefix)
+
+
+def stack_folders(config: DataConfig, data_root: str | Path) -> list[Path]:
+    """Where stacks are looked for.
+
+    Raises:
+        InputError: ``data.datadir`` is not a folder.
+    """
+    root = Path(data_root).expanduser()
+    datadir = _path(root, config.datadir)
+    if datadir is None:
+        # RELION's paths are relative to its project, so data_root is the second guess.
+        return list(dict.fromkeys([_path(root, config.particles).parent, root]))
+    if not datadir.is_dir():
+        raise InputError(f"data.datadir: {datadir} is not a folder")
+    return [datadir]
 
 
 def _read_poses(
@@ -203,8 +228,13 @@ def _path(root: Path, name: str | None) -> Path | None:
     return root / Path(name).expanduser() if name else None
 
 
-def _select(listing: Listing, indices: Path | None, first: int | None) -> np.ndarray:
-    """Rows in use, int64 (n,): ``data.indices`` in their order, then the first ``data.first`` of them."""
+def select_rows(config: DataConfig, data_root: str | Path, listing: Listing) -> np.ndarray:
+    """Rows in use, int64 (n,): ``data.indices`` in their order, then the first ``data.first`` of them.
+
+    Raises:
+        InputError: rows that there are not, or none.
+    """
+    indices, first = _path(Path(data_root).expanduser(), config.indices), config.first
     rows = np.arange(len(listing), dtype=np.int64)
     if indices is not None:
         rows = read_integers(indices)
@@ -227,7 +257,7 @@ def _select(listing: Listing, indices: Path | None, first: int | None) -> np.nda
     return rows
 
 
-def _open_images(
+def open_images(
     listing: Listing, rows: np.ndarray, folders: list[Path], prefix: str | None
 ) -> tuple[ImageReader, list[StackHeader]]:
     """Find and check the stacks of the rows in use; stacks of other rows need not exist."""

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from cryosplat import distributed
 from cryosplat.ctf import ctf_image
-from cryosplat.dataset import ParticleDataset, fourier_crop, half_plane_weights, shells_of_half_plane
+from cryosplat.dataset import ParticleDataset, half_plane_weights, shells_of_half_plane
 from cryosplat.errors import InputError
+from cryosplat.imageprep import fourier_crop
 from cryosplat.particles import ParticleTable
 
 logger = logging.getLogger(__name__)

@@ -82,7 +82,7 @@ def resolve_stacks(
         raise InputError(
             f"{path}: {len(missing)} of {len(names)} stacks do not exist, for {len(concerned)} of {len(stack)} rows; "
             f"the first is {names[stack[concerned[0]]]!r}, looked for under {', '.join(map(str, folders))}. "
-            + how_to_mend([names[index] for index in missing], [path.parent, *folders])
+            + how_to_mend([names[index] for index in missing], [path.parent, *folders] if prefix is None else [])
         )
     by_bare_name: dict[Path, str] = {}
     for name, (place, bare) in zip(names, found, strict=True):
@@ -105,10 +105,33 @@ def _find(name: str, folders: Sequence[Path]) -> tuple[Path, bool] | None:
     return None
 
 
-def how_to_mend(missing: Sequence[str], places: Sequence[Path]) -> str:
-    """The setting with which missing stacks are found, if they are near ``places``; else what settings there are.
+def missing_stacks(path: Path, names: Sequence[str], folders: Sequence[Path], prefix: str | None = None) -> list[str]:
+    """Those of the stacks ``names`` that are not found, by their rewritten names.
 
-    Looked at are these places, all folders above them, and, down to ``DEEPEST`` levels, those below them.
+    Raises:
+        InputError: as ``rewrite``.
+    """
+    return [name for name in rewrite(path, names, prefix) if _find(name, folders) is None]
+
+
+def how_to_mend(missing: Sequence[str], places: Sequence[Path]) -> str:
+    """The setting with which missing stacks are found, if they are near ``places``; else what settings there are."""
+    found = find_setting(missing, places)
+    if found is None:
+        return (
+            "Set data.datadir to the folder that the names are relative to, or data.prefix=old=new to have them begin "
+            "in another way"
+        )
+    key, value, there = found
+    every = "all of them" if there == len(missing) else f"{there} of them"
+    return f"Set {shlex.quote(f'{key}={value}')}, which finds {every}"
+
+
+def find_setting(missing: Sequence[str], places: Sequence[Path]) -> tuple[str, str, int] | None:
+    """The setting with which missing stacks are found, its value, and how many it finds; None if the first is not.
+
+    Looked at are these places, all folders above them, and, down to ``DEEPEST`` levels, those below them. What it says
+    is meant for names that no ``data.prefix`` has changed.
     """
     parts = PurePosixPath(missing[0]).parts
     # The whole name first, then without what it begins with; a bare name last.
@@ -120,13 +143,10 @@ def how_to_mend(missing: Sequence[str], places: Sequence[Path]) -> str:
         dropped = missing[0][: len(missing[0]) - len(str(tail))]
         with_it = [name.removeprefix(dropped) for name in missing if name.startswith(dropped)]
         there = sum((folder / name).is_file() for name in with_it)
-        setting = f"data.prefix={dropped}={folder}{os.sep}" if dropped else f"data.datadir={folder}"
-        every = "all of them" if there == len(missing) else f"{there} of them"
-        return f"Set {shlex.quote(setting)}, which finds {every}"
-    return (
-        "Set data.datadir to the folder that the names are relative to, or data.prefix=old=new to have them begin in "
-        "another way"
-    )
+        if dropped:
+            return "data.prefix", f"{dropped}={folder}{os.sep}", there
+        return "data.datadir", str(folder), there
+    return None
 
 
 def _near(places: Sequence[Path]) -> Iterator[Path]:

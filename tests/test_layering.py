@@ -51,16 +51,16 @@ LAYERS = (
     # What training is put together from.
     ("imageprep",),
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "fsccommand", "backprojection"),
+    ("reconstruction", "inspection", "survey", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
     ("memory",),
     ("evaluation", "trainer", "holdout", "sign"),
-    ("start", "preparation"),
+    ("start", "preparation", "imagesurvey"),
     ("products",),
     # What people call.
-    ("train", "validation", "backprojectcommand", "doctor"),
+    ("train", "validation", "backprojectcommand", "doctor", "inspectcommand"),
     ("cli",),
 )
 
