@@ -25,7 +25,7 @@ LAYERS = (
         "batches",
         "settings",
     ),
-    ("cudaops", "placement"),
+    ("cudaops", "placement", "aberrations"),
     # Single files and single operations.
     ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
     (
@@ -41,7 +41,7 @@ LAYERS = (
         "gaussians",
         "masks",
     ),
-    ("distributed", "optimiser", "stepgraph", "halves", "alignments", "runs", "fsc"),
+    ("distributed", "optimiser", "stepgraph", "halves", "alignments", "optics", "runs", "fsc"),
     ("interruption",),
     ("fitkeeping", "descent"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
