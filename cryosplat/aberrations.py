@@ -124,6 +124,11 @@ def odd_phase(group: Aberrations, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _sum_of(_monomials(group.odd, True), x, y) - coma * (x**2 + y**2) * (tilt_x * x + tilt_y * y)
 
 
+def even_phase(group: Aberrations, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Radians that even aberrations take from the phase of the CTF at s = (x, y), 1/A: Z_even."""
+    return _sum_of(_monomials(group.even, False), x, y)
+
+
 def odd_filter(group: Aberrations, box: int, pixel_size_a: float) -> torch.Tensor:
     """What takes the odd aberrations out of half-spectra: complex64 (D, D//2+1) of modulus 1.
 

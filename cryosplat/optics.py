@@ -5,7 +5,6 @@ flipped or multiplied by their CTF. Formulas: aberrations.py and docs/physics.md
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -28,6 +28,7 @@ from cryosplat.halves import assign_halves, hold_out
 from cryosplat.images import ImageReader, StackHeader, read_header
 from cryosplat.listing import Listing, read_listing, resolve_stacks
 from cryosplat.optics import Optics, read_optics
+from cryosplat.opticsnotes import corrections, warnings
 from cryosplat.settings import NO_CTF, DataConfig
 from cryosplat.unpickle import read_integers
 
@@ -39,7 +40,7 @@ CALIBRATION_TOLERANCE = 1e-2
 
 LARGEST_SPREAD = 0.1
 """Relative difference of A/px from their mean up to which images of several A/px make one map: a projection is scaled,
-images are not resampled. Their grey levels, which count as equal, are up to twice as uncertain as their A/px."""
+images are not resampled. Their grey levels are taken for equal, though physics makes them differ by twice as much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +121,10 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
     pixel_size_a, sizes = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
     rotations, shifts = _read_poses(config, root, listing, rows, images.box, pixel_size_a)
     optics = read_optics(listing, rows, images.box, pixel_size_a, sizes, ctf)
+    for note in corrections(optics):
+        _LOG.info("%s: %s", path, note)
+    for note in warnings(listing, rows, images.box, pixel_size_a, ctf):
+        _LOG.warning("%s: %s", path, note)
     halves, poses = _path(root, config.halves), _path(root, config.poses)
     half, half_origin = assign_halves(listing, rows, halves, seed, half_maps, poses)
     return ParticleTable(
@@ -307,9 +312,7 @@ def _listed_pixel_sizes(listing: Listing, rows: np.ndarray, box: int) -> np.ndar
     return rescaled_pixel_size(sizes, listing.box[rows], box)
 
 
-def _require_near_pixel_sizes(
-    asked: float | None, listing: Listing, rows: np.ndarray, sizes: np.ndarray
-) -> None:
+def _require_near_pixel_sizes(asked: float | None, listing: Listing, rows: np.ndarray, sizes: np.ndarray) -> None:
     near = np.abs(sizes / sizes.mean() - 1).max() <= LARGEST_SPREAD
     if near and asked is None:
         return

@@ -42,7 +42,7 @@ LAYERS = (
         "masks",
     ),
     ("distributed", "optimiser", "stepgraph", "halves", "alignments", "optics", "runs", "fsc"),
-    ("interruption",),
+    ("interruption", "opticsnotes"),
     ("fitkeeping", "descent"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
     ("figures", "fscsuite", "sectors"),
