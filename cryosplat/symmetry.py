@@ -65,6 +65,16 @@ def point_group(name: str) -> np.ndarray:
     return np.stack(group)
 
 
+def operators(name: str) -> np.ndarray | None:
+    """The same, but None of a group that has the identity alone: what takes operators need then do nothing.
+
+    Raises:
+        InputError: another name.
+    """
+    group = point_group(name)
+    return None if len(group) == 1 else group
+
+
 def split(operators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A group as products r h: h take a cubic grid to itself (quarter turns about its axes and what they make).
 

@@ -23,9 +23,9 @@ LAYERS = (
         "fingerprints",
         "quadratic",
         "batches",
-        "settings",
+        "pointgroups",
     ),
-    ("cudaops", "placement"),
+    ("cudaops", "placement", "settings"),
     # Single files and single operations.
     ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
     (
@@ -53,6 +53,7 @@ LAYERS = (
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
+    ("symmetrycheck",),
     ("memory",),
     ("evaluation", "trainer", "holdout"),
     ("start", "preparation"),
