@@ -213,8 +213,8 @@ def write_mixture_ply(
 ) -> None:
     """Write one mixture as a binary PLY point cloud, float32: x, y, z, amplitude, scale_0..2, rot_0..3.
 
-    Units and origin stand in its comments, and box and A/px, which ``read_mixture`` takes from there. With a symmetry so
-    do its name and how many of the first Gaussians are the asymmetric unit.
+    Units and origin stand in its comments, and box and A/px, which ``read_mixture`` takes from there. With a symmetry
+    its name, too, and how many of the first Gaussians are the asymmetric unit.
     """
     columns = [np.asarray(mixture[field]).reshape(len(mixture["means"]), -1) for field in _PLY_PROPERTIES]
     names = [name for properties in _PLY_PROPERTIES.values() for name in properties]

@@ -30,8 +30,9 @@ SIDE = 64
 """px to which images are cropped in Fourier space to make the maps without symmetry: a quarter of the time that one
 insertion of 128 px takes, and almost no memory."""
 
-FIRST_SHELL, AGREED = 2, 0.3
-"""Shells that are looked at: from the first on, up to where the FSC of the halves without symmetry falls below this."""
+AGREED, CERTAINTY, LEAST_SHELLS = 0.3, 4.0, 2
+"""A shell is looked at where the FSC of the halves without symmetry is above this, and above so many standard errors of
+noise. There must be so many. They need not be the first ones: an icosahedral particle less a ball begins at a few."""
 
 LEAST_SHARE = 0.85
 """A share that is below this by twice its error contradicts the symmetry."""
@@ -45,7 +46,7 @@ class Agreement:
         share: of the power that has it; 1 is all.
         error: its standard error.
         chance: 1 / K.
-        finest_a: resolution down to which was looked, A.
+        finest_a: resolution of the last shell that was looked at, A.
     """
 
     share: float
@@ -114,12 +115,11 @@ def compare(
     uu, us, su, ss = (sums.cross(one, other) for one, other in ((u[0], u[1]), (u[0], s[1]), (s[0], u[1]), (s[0], s[1])))
     power = np.sqrt(sums.cross(u[0], u[0]).sum(1) * sums.cross(u[1], u[1]).sum(1))
     curve = np.divide(uu.sum(1), power, out=np.zeros(sums.shells), where=power > 0)
-    below = np.flatnonzero(curve[FIRST_SHELL:] < AGREED)
-    last = FIRST_SHELL + int(below[0]) if len(below) else sums.shells  # the first that is not looked at
-    if last < FIRST_SHELL + 2:
+    voxels = np.maximum(sums.voxels.sum(1) * float(np.mean(mask**2)), 1)  # independent ones
+    shells = np.flatnonzero(curve[1:] > np.maximum(AGREED, CERTAINTY / np.sqrt(voxels[1:]))) + 1
+    if len(shells) < LEAST_SHELLS:
         return None
-    shells = slice(FIRST_SHELL, last)
-    weight = (sums.voxels.sum(1) * curve**2)[shells]
+    weight = (voxels * curve**2)[shells]
 
     def share(uu: np.ndarray, us: np.ndarray, su: np.ndarray, ss: np.ndarray) -> np.ndarray:
         found = (us * su)[shells] / np.maximum(uu * ss, 1e-30)[shells]
@@ -129,7 +129,7 @@ def compare(
     scale, other = np.maximum(np.abs(uu.sum(1)), 1e-30)[:, None], np.maximum(np.abs(ss.sum(1)), 1e-30)[:, None]
     both = np.sqrt(scale * other)
     (value,), (error,) = jackknife(share, uu / scale, us / both, su / both, ss / other)
-    finest_a = shell_to_angstrom(last - 1, side, pixel_size_a)
+    finest_a = shell_to_angstrom(int(shells[-1]), side, pixel_size_a)
     return Agreement(float(value), float(error), 1 / symmetric[0].copies, finest_a)
 
 
