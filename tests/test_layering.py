@@ -48,6 +48,7 @@ LAYERS = (
     ("figures", "fscsuite", "sectors"),
     ("fscfigures",),
     # What training is put together from.
+    ("imageprep",),
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
     ("reconstruction", "inspection", "fsccommand", "backprojection"),
     ("calibration",),
