@@ -160,6 +160,13 @@ def _info(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=inspection.info)
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import exporting
+
+    exporting.add_arguments(parser)
+    parser.set_defaults(run=exporting.run)
+
+
 def _validate(parser: argparse.ArgumentParser) -> None:
     from cryosplat import validation
 
@@ -185,6 +192,7 @@ _COMMANDS = {
     "voxelise": ("map of a Gaussian mixture", _voxelise),
     "postprocess": ("sharpen a map", _postprocess),
     "fsc": ("resolution of two half maps, or of a map against a reference", _fsc),
+    "export": ("a run's particles back to RELION or cryoSPARC, all or the best", _export),
     "doctor": ("what was built, what this machine has, and whether its GPUs can be used", _doctor),
     "info": ("what a run directory, mixture, map or stack holds", _info),
 }

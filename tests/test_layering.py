@@ -36,6 +36,8 @@ LAYERS = (
         "checkpoint",
         "runlock",
         "listing",
+        "scores",
+        "tablecopies",
         "phantom",
         "slices",
         "gaussians",
@@ -54,11 +56,11 @@ LAYERS = (
     ("posterior",),
     ("linearmaps", "volumefit"),
     ("memory",),
-    ("evaluation", "trainer", "holdout"),
+    ("evaluation", "trainer", "holdout", "particlescores"),
     ("start", "preparation"),
     ("products",),
     # What people call.
-    ("train", "validation", "backprojectcommand", "doctor"),
+    ("train", "validation", "backprojectcommand", "exporting", "doctor"),
     ("cli",),
 )
 
