@@ -35,6 +35,9 @@ _LOG = logging.getLogger("cryosplat")
 CALIBRATION_TOLERANCE = 1e-2
 """Relative difference of A/px between files from which it is more than a calibration of the microscope."""
 
+PLAUSIBLE_A = (0.01, 1000.0)
+"""Least and greatest A/px that is no mistake."""
+
 
 @dataclass(frozen=True, eq=False)
 class ParticleTable:
@@ -109,7 +112,7 @@ def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_ma
     rows = _select(listing, _path(root, config.indices), config.first)
     images, headers = _open_images(listing, rows, folders)
     ctf, pixel_size_a = _read_ctf(config, root, listing, rows, images.box)
-    pixel_size_a = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
+    pixel_size_a = _plausible(_pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers), listing)
     rotations, shifts = _read_poses(config, root, listing, rows, images.box, pixel_size_a)
     halves, poses = _path(root, config.halves), _path(root, config.poses)
     half, half_origin = assign_halves(listing, rows, halves, seed, half_maps, poses)
@@ -269,6 +272,15 @@ def _pixel_size(
             )
         return round(float(sizes[0]), 6)
     raise InputError(f"{listing.path}: neither it nor its stacks give the A/px; set data.pixel_size")
+
+
+def _plausible(pixel_size_a: float, listing: Listing) -> float:
+    if PLAUSIBLE_A[0] <= pixel_size_a <= PLAUSIBLE_A[1]:
+        return pixel_size_a
+    raise InputError(
+        f"{listing.path}: its images have {pixel_size_a:.6g} A/px, by its columns, the headers of its stacks, data.ctf "
+        f"or data.pixel_size; expected {PLAUSIBLE_A[0]:g} to {PLAUSIBLE_A[1]:g}. Is it in other units?"
+    )
 
 
 def _listed_pixel_sizes(listing: Listing, rows: np.ndarray, box: int) -> np.ndarray | None:
