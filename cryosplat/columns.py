@@ -102,6 +102,11 @@ class StarTable:
             raise InputError(f"{path}: the column {twice[0]} is there twice in one table; remove the one that is wrong")
         self._numbers = array("d")
 
+    @property
+    def names(self) -> list[str]:
+        """Its columns, read or not."""
+        return list(self._place)
+
     def __len__(self) -> int:
         if self.text:
             return len(next(iter(self.text.values())))

@@ -25,9 +25,10 @@ LAYERS = (
         "batches",
         "settings",
     ),
-    ("cudaops", "placement"),
+    ("cudaops", "placement", "stackpaths"),
     # Single files and single operations.
     ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
+    ("csfiles",),
     (
         "config",
         "volumes",
@@ -50,17 +51,18 @@ LAYERS = (
     ("figures", "fscsuite", "sectors"),
     ("fscfigures",),
     # What training is put together from.
+    ("imageprep",),
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "fsccommand", "backprojection"),
+    ("reconstruction", "inspection", "survey", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
     ("memory",),
-    ("evaluation", "trainer", "holdout", "particlescores"),
-    ("start", "preparation"),
+    ("evaluation", "trainer", "holdout", "sign", "particlescores"),
+    ("start", "preparation", "imagesurvey"),
     ("products",),
     # What people call.
-    ("train", "validation", "backprojectcommand", "exporting", "doctor"),
+    ("train", "validation", "backprojectcommand", "exporting", "doctor", "inspectcommand"),
     ("cli",),
 )
 
