@@ -9,10 +9,26 @@ from cryosplat.backprojection import noise_variance
 from cryosplat.batches import Batch
 from cryosplat.dataset import ParticleDataset, half_plane_weights, shells_of_half_plane
 from cryosplat.particles import ParticleTable
+from cryosplat.preparation import Preparation
 from cryosplat.reconstruction import FULL, Reconstruction
 from cryosplat.scores import NUMBERS, Scores
+from cryosplat.settings import Config
 
 IMAGES_AT_ONCE = 64
+
+
+def score_particles(
+    config: Config, reconstruction: Reconstruction, table: ParticleTable, images: Preparation, world: distributed.World
+) -> Scores | None:
+    """The scores of all particles of a run, on every rank; each measures its own.
+
+    Returns:
+        None if they are not asked for (``maps.particles``), or there are no particles in the images any more.
+    """
+    if not config.maps.particles or config.data.null != "none":
+        return None
+    distributed.doing("measuring particles")
+    return ParticleScores(images.dataset, images.noise, world).measure(reconstruction, table)
 
 
 class ParticleScores:

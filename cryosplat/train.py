@@ -28,14 +28,13 @@ from cryosplat.holdout import HoldOut
 from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.particles import ParticleTable, read_particles
-from cryosplat.particlescores import ParticleScores
+from cryosplat.particlescores import score_particles
 from cryosplat.preparation import Preparation
 from cryosplat.products import half_map_curves, hardware, log_evaluation, particle_file, write_products
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runlock import RunLock
 from cryosplat.runs import HALVES, RunState, begin_run, give_up_run, open_run
 from cryosplat.sampling import BatchPlan
-from cryosplat.scores import Scores
 from cryosplat.settings import Config
 from cryosplat.trainer import Report, Trainer
 from cryosplat.volumefit import Fitted, Problem, fit_all, make_problems
@@ -163,7 +162,7 @@ class Run:
                     evaluation = self._evaluate(monitor)
                 suite = half_map_curves(self.linear, evaluation, trainer.reconstruction.pixel_size_a)
             distributed.wait_for_main(self.world)
-            scores = self._score()
+            scores = score_particles(config, trainer.reconstruction, trainer.table, self.images, self.world)
             summary = self._summary(evaluation, suite)
             if self.world.is_main:
                 write_products(config, self.run.folder, trainer, evaluation, suite, summary, scores)
@@ -304,17 +303,6 @@ class Run:
         log_evaluation(monitor, trainer, evaluation)
         return evaluation
 
-    def _score(self) -> Scores | None:
-        """Measure every particle, each rank its own; all ranks have them all. None if that is not asked for, or there
-        are no particles in the images any more."""
-        if not self.config.maps.particles or self.config.data.null != "none":
-            return None
-        distributed.doing("measuring particles")
-        images = self.images
-        return ParticleScores(images.dataset, images.noise, self.world).measure(
-            self.trainer.reconstruction, self.trainer.table
-        )
-
     def _save(self, monitor) -> None:
         """Every rank has the same state, so rank 0 saves alone."""
         self.next_checkpoint = time.monotonic() + 60 * self.config.checkpoint.every_minutes
@@ -365,13 +353,10 @@ class Run:
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
-<<<<<<< HEAD
             **(particle_file(self.config) if self.world.is_main else {}),
-=======
             "invert": self.images.sign.invert,
             "sign_certainty": self.images.sign.certainty,
             "halves_from": trainer.table.half_from if self.config.maps.halves else None,
->>>>>>> main
             "halves": trainer.table.half_origin if self.config.maps.halves else None,
             "run_dir": str(self.run.folder),
         }

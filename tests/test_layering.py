@@ -58,9 +58,9 @@ LAYERS = (
     ("posterior",),
     ("linearmaps", "volumefit"),
     ("memory",),
-    ("evaluation", "trainer", "holdout", "sign", "particlescores"),
+    ("evaluation", "trainer", "holdout", "sign"),
     ("start", "preparation", "imagesurvey"),
-    ("products",),
+    ("products", "particlescores"),
     # What people call.
     ("train", "validation", "backprojectcommand", "exporting", "doctor", "inspectcommand"),
     ("cli",),
