@@ -83,6 +83,7 @@ class TrainConfig:
 class MapsConfig:
     halves: bool = True  # train half a and half b beside the full model
     every: int = 1  # epochs between FSC evaluations; the last epoch always is one
+    particles: bool = True  # measure every particle against the other half's model at the end
 
 
 @dataclass

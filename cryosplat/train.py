@@ -28,8 +28,9 @@ from cryosplat.holdout import HoldOut
 from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.particles import ParticleTable, read_particles
+from cryosplat.particlescores import score_particles
 from cryosplat.preparation import Preparation
-from cryosplat.products import half_map_curves, hardware, log_evaluation, write_products
+from cryosplat.products import half_map_curves, hardware, log_evaluation, particle_file, write_products
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runlock import RunLock
 from cryosplat.runs import HALVES, RunState, begin_run, give_up_run, open_run
@@ -161,9 +162,10 @@ class Run:
                     evaluation = self._evaluate(monitor)
                 suite = half_map_curves(self.linear, evaluation, trainer.reconstruction.pixel_size_a)
             distributed.wait_for_main(self.world)
+            scores = score_particles(config, trainer.reconstruction, trainer.table, self.images, self.world)
             summary = self._summary(evaluation, suite)
             if self.world.is_main:
-                write_products(config, self.run.folder, trainer, evaluation, suite, summary)
+                write_products(config, self.run.folder, trainer, evaluation, suite, summary, scores)
         return summary
 
     def _read_table(self) -> ParticleTable:
@@ -353,6 +355,7 @@ class Run:
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
+            **(particle_file(self.config) if self.world.is_main else {}),
             "invert": self.images.sign.invert,
             "sign_certainty": self.images.sign.certainty,
             "halves_from": trainer.table.half_from if self.config.maps.halves else None,

@@ -37,6 +37,8 @@ LAYERS = (
         "checkpoint",
         "runlock",
         "listing",
+        "scores",
+        "tablecopies",
         "phantom",
         "slices",
         "gaussians",
@@ -59,9 +61,9 @@ LAYERS = (
     ("memory",),
     ("evaluation", "trainer", "holdout", "sign"),
     ("start", "preparation", "imagesurvey"),
-    ("products",),
+    ("products", "particlescores"),
     # What people call.
-    ("train", "validation", "backprojectcommand", "doctor", "inspectcommand"),
+    ("train", "validation", "backprojectcommand", "exporting", "doctor", "inspectcommand"),
     ("cli",),
 )
 
