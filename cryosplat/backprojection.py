@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryosplat import distributed, ops
+from cryosplat import distributed, ops, progress
 from cryosplat.ctf import ctf_image
 from cryosplat.dataset import ParticleDataset, shells_of_half_plane
 from cryosplat.quadratic import NormalEquations
@@ -114,6 +114,7 @@ def back_project(
     sums = torch.zeros(2 if halves else 1, padded, padded, padded // 2 + 1, 4, device=device)
     weight = 1 / noise_variance(radial, box).to(device)
     operators = torch.eye(3)[None] if symmetry is None else torch.from_numpy(symmetry).float()
+    inserted = 0
     for batch in dataset.batches(np.split(ids, range(VIEWS_PER_INSERT, len(ids), VIEWS_PER_INSERT))):
         ctf = 1.0 if batch.ctf is None else ctf_image(batch.ctf, box, dataset.pixel_size_a)
         filtered = ctf * weight[batch.half]
@@ -121,6 +122,8 @@ def back_project(
         grid = batch.half if halves else torch.zeros_like(batch.half)
         for operator in operators.to(device):
             ops.insert(values, weights, batch.rotations @ operator, batch.shifts, grid, sums)
+        inserted += len(batch)
+        progress.at(inserted)
     return distributed.sum_to_main(sums, world)
 
 

@@ -167,6 +167,27 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=validation.run)
 
 
+def _status(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import status
+
+    status.add_arguments(parser)
+    parser.set_defaults(run=status.run)
+
+
+def _gaussians(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import exporting
+
+    exporting.add_arguments(parser)
+    parser.set_defaults(run=exporting.run)
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import comparing
+
+    comparing.add_arguments(parser)
+    parser.set_defaults(run=comparing.run)
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     from cryosplat import doctor
 
@@ -179,12 +200,15 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = {
     "train": ("reconstruct a particle stack", _train),
+    "status": ("what runs are doing now", _status),
     "validate": ("say what a run's resolution is worth, by null tests", _validate),
     "backproject": ("linear maps of a particle stack", _backproject),
     "simulate": ("make a particle stack with known truth", _simulate),
     "voxelise": ("map of a Gaussian mixture", _voxelise),
+    "gaussians": ("the Gaussians of a run for other programs: .pdb, .cif, .ply, .npz", _gaussians),
     "postprocess": ("sharpen a map", _postprocess),
     "fsc": ("resolution of two half maps, or of a map against a reference", _fsc),
+    "compare": ("runs side by side: settings, resolution, curves, cost", _compare),
     "doctor": ("what was built, what this machine has, and whether its GPUs can be used", _doctor),
     "info": ("what a run directory, mixture, map or stack holds", _info),
 }

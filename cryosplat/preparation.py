@@ -4,12 +4,14 @@ import logging
 
 import numpy as np
 
-from cryosplat import distributed
+from cryosplat import distributed, progress
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
 from cryosplat.config import Config
+from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.evaluation import Comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
+from cryosplat.fsc import resolution
 from cryosplat.linearmaps import LinearMaps, linear_maps, require_sign, require_signal
 from cryosplat.particles import ParticleTable
 from cryosplat.sampling import BatchPlan
@@ -47,7 +49,8 @@ class Preparation:
             logger.info(
                 "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
             )
-        where = {"device": world.device, "cache": cache}
+        where = {"device": world.device, "cache": cache, "progress": progress.at}
+        progress.stage("reading images", len(owned), "images" if world.size == 1 else "images of rank 0")
         self.dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
         logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), self.dataset.bytes_in_memory / 2**30)
         self.held_out = None
@@ -96,7 +99,9 @@ class Preparation:
             return None, None
 
         def reconstruct(ids: np.ndarray, halves: bool) -> tuple[LinearHalf, ...] | None:
+            progress.stage("summing images", int(ids[dataset.owned].sum()), "images")
             sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, halves=halves)
+            progress.stage("linear maps")
             return None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
 
         distributed.doing("the sums of images")
@@ -116,6 +121,11 @@ class Preparation:
             require_sign(halves)
         if self.config.maps.halves:
             linear = linear_maps(halves, self.dataset.pixel_size_a, comparison.mask, f"data.mask={data.mask}")
+        if linear is not None:
+            # The first that is known of the resolution, long before anything is fitted.
+            found = resolution(linear.curve, RESOLUTION_THRESHOLD_HALF_MAPS)
+            logger.info("linear half maps: %s (FSC 0.143, not corrected for the mask)", found)
+            progress.know(resolution=f"{found} (linear half maps, FSC 0.143)")
         if checked and data.check_signal and linear is not None:
             require_signal(linear)
         return linear

@@ -14,6 +14,7 @@ from cryosplat.errors import InputError
 from cryosplat.files import remove_unfinished
 from cryosplat.runlock import NAME as LOCK
 from cryosplat.runlock import RunLock
+from cryosplat.status import NAME as STATUS
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def find_run(config: Config) -> Path | None:
 
 def _is_no_run(path: Path) -> bool:
     """Whether it is what submitting has put there, or a process that was killed before the run began."""
-    return path.name in (JOBS, LOCK) or path.name.startswith(".")
+    return path.name in (JOBS, LOCK, STATUS) or path.name.startswith(".")
 
 
 def open_run(config: Config, lock: RunLock) -> RunState:
