@@ -63,7 +63,7 @@ def write_view(
     """
     names = [name for name in COLOURS if name in maps]
     lines = [
-        "# Maps and Gaussians of this run. In ChimeraX: File > Open, or 'open view.cxc'; best in a new session, for the",
+        "# Maps and Gaussians of this run. In ChimeraX: File > Open, or 'open view.cxc'; best in a new session, as",
         "# models are numbered from 1. Paths are relative: the folder may be moved.",
         "# Levels: the surface of the molecule (half the density typical inside it) or, if that is higher,",
         f"# {SOLVENT_DEVIATIONS:g} standard deviations of the solvent outside mask.mrc.",

@@ -1,8 +1,8 @@
 """What a run is at, told while it goes on: on a terminal one status line, elsewhere a line of the log now and then, and
 status.json in the run directory.
 
-Like logging, this is one for the whole process: whoever works says ``stage`` and ``at``, and where nobody listens (other
-ranks than the first, other commands) nothing happens.
+Like logging, this is one for the whole process: whoever works says ``stage`` and ``at``, and where nobody listens
+(other ranks than the first, other commands) nothing happens.
 """
 
 import contextlib
