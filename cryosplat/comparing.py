@@ -93,7 +93,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     """
     if len(folders) < 2:
         raise InputError("expected two run directories or more to compare")
-    records = [read_record(folder) for folder in folders]
+    records = [read_record(folder, curves_needed=False) for folder in folders]
     between = {(a, b): _between(records[a], records[b]) for a, b in combinations(range(len(records)), 2)}
     return Comparison(_short(folders), records, _rows(records), _settings(folders), between)
 

@@ -56,7 +56,7 @@ def comparison_figure(panels: Mapping[str, Mapping[str, FscCurve]]) -> Figure:
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     rows = -(-len(panels) // 2)
-    figure = _canvas(9.4, 3.5 * rows)
+    figure = _canvas(11.0, 3.5 * rows)
     places = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes, (title, curves) in zip(places, panels.items(), strict=False):
         axes.spines[["top", "right"]].set_visible(False)

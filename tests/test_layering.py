@@ -11,7 +11,6 @@ PACKAGE = ROOT / "cryosplat"
 LAYERS = (
     # Statements, formulas and tables that need nothing else of the package.
     (
-        "__init__",
         "errors",
         "conventions",
         "ctf",
@@ -26,7 +25,8 @@ LAYERS = (
     ),
     ("cudaops", "placement"),
     # Single files and single operations.
-    ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
+    ("ending", "files", "unpickle", "columns", "images", "ops", "spectral", "symmetry", "nulls"),
+    ("atoms",),
     (
         "config",
         "volumes",
@@ -40,15 +40,16 @@ LAYERS = (
         "gaussians",
         "masks",
     ),
+    ("status", "pseudoatoms", "chimerax"),
     ("distributed", "optimiser", "stepgraph", "halves", "alignments", "runs", "fsc"),
-    ("interruption",),
+    ("interruption", "progress"),
     ("fitkeeping", "descent"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
     ("figures", "fscsuite", "sectors"),
     ("fscfigures",),
     # What training is put together from.
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "fsccommand", "backprojection"),
+    ("reconstruction", "inspection", "exporting", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
@@ -57,8 +58,10 @@ LAYERS = (
     ("start", "preparation"),
     ("products",),
     # What people call.
-    ("train", "validation", "backprojectcommand", "doctor"),
-    ("cli",),
+    ("train", "validation", "backprojectcommand", "doctor", "comparing"),
+    ("api", "cli"),
+    # Whose names are those of "api", brought in when one is used; others import it for its version alone.
+    ("__init__",),
 )
 
 UPWARD = {
@@ -155,7 +158,7 @@ def test_the_compiled_core_knows_nothing_of_pytorch():
         assert not [line for line in includes if any(word in line for word in ("torch", "ATen", "c10"))], path
 
 
-LAUNCHER_NEEDS = ("cryosplat.config", "cryosplat.errors", "cryosplat.files")
+LAUNCHER_NEEDS = ("cryosplat.config", "cryosplat.errors", "cryosplat.files", "cryosplat.status")
 """What the launcher imports at once; all else, and PyTorch with it, only when it looks at data or trains."""
 
 
