@@ -11,7 +11,7 @@ import torch
 
 from cryosplat import fsc as _fsc
 from cryosplat import ops
-from cryosplat.config import Config, check_files, load_config
+from cryosplat.config import check_files, load_config
 from cryosplat.errors import InputError
 from cryosplat.exporting import export_mixture
 from cryosplat.fsc import FscCurve, Resolution, resolution
@@ -19,6 +19,7 @@ from cryosplat.gaussians import VOXEL_CUTOFF, mixture_to_map
 from cryosplat.outputs import read_mixture
 from cryosplat.particles import ParticleTable, read_particles
 from cryosplat.records import Record, read_record
+from cryosplat.settings import Config
 from cryosplat.train import train
 from cryosplat.volumes import read_map, write_map
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cryosplat import distributed
 from cryosplat.backprojection import back_project, linear_half
-from cryosplat.config import Config, check_files, load_config
+from cryosplat.config import check_files, load_config
 from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.dataset import ParticleDataset, radial_noise
 from cryosplat.errors import InputError, said_by_the_first
@@ -20,6 +20,8 @@ from cryosplat.memory import free_bytes, plan_memory
 from cryosplat.particles import read_particles
 from cryosplat.posterior import deliver
 from cryosplat.sampling import BatchPlan
+from cryosplat.settings import Config
+from cryosplat.sign import find_sign
 from cryosplat.symmetry import point_group
 from cryosplat.volumes import write_map
 
@@ -106,6 +108,7 @@ def _reconstruct(
         lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
     )
     noise = _share_noise(dataset, world)
+    find_sign(dataset, table, noise, world, config.train.seed, data.check_sign)
     sums = back_project(dataset, mine[~plan.held_out[mine]], noise, world, symmetry, halves)
     if sums is None:
         return {}, dataset.pixel_size_a, []

@@ -83,12 +83,20 @@ class Monitor:
         total_steps: steps of the whole run.
         start_step: steps done already, 0 for a new run.
         resumed: go on with the files that are there. Without it, a run directory with metrics is refused.
+        preface: what was said before there was a run.log, and is to be in it.
 
     Raises:
         InputError (also from every method): a file cannot be written (full disk), or is there and not ``resumed``.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, total_steps: int, start_step: int = 0, resumed: bool = False):
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        total_steps: int,
+        start_step: int = 0,
+        resumed: bool = False,
+        preface: Sequence[str] = (),
+    ):
         self._run_dir, self._start_step = Path(run_dir), start_step
         metrics, events = self._run_dir / "metrics.csv", self._run_dir / "tensorboard"
         for path in () if resumed else (metrics, events):
@@ -96,12 +104,14 @@ class Monitor:
                 raise InputError(f"{path} exists already; choose another run_dir, or resume the run that is there")
         with contextlib.ExitStack() as stack:
             seconds_before = cut_metrics(metrics, start_step)
-            stack.enter_context(_log_to(self._run_dir / "run.log"))
+            log_file = stack.enter_context(_log_to(self._run_dir / "run.log"))
             self._metrics = _open_for_append(metrics, stack)
             # A run that has done all its steps is evaluated again, whether or not it was before.
             self._writer = _tensorboard(events, start_step, stack, evaluated=start_step < total_steps)
             self._stack = stack.pop_all()
         self._clock_zero = time.monotonic() - seconds_before
+        for line in preface:
+            log_file.handle(logging.makeLogRecord({"msg": line, "levelno": logging.INFO, "levelname": "INFO"}))
         if resumed:
             logger.info("resumed after step %d of %d", start_step, total_steps)
 

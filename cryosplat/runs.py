@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cryosplat import checkpoint
-from cryosplat.config import Config, config_differences, load_config, save_config
+from cryosplat.config import config_differences, load_config, save_config
 from cryosplat.errors import InputError
 from cryosplat.files import remove_unfinished
 from cryosplat.runlock import NAME as LOCK
 from cryosplat.runlock import RunLock
+from cryosplat.settings import Config
 from cryosplat.status import NAME as STATUS
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ MAY_CHANGE = (
     "run_dir",
 )
 """Settings that do not change what a run computes, so that it may be resumed with others."""
+
+HALVES = "halves.npy"
+"""The half of every particle, as ``data.halves`` takes it."""
 
 JOBS = "jobs"
 """Folder of launch/submit.py in a run directory: its logs and the code that it runs. It alone makes no run."""
@@ -128,7 +132,7 @@ def begin_run(config: Config, run: RunState, lock: RunLock) -> None:
 
 def give_up_run(run: RunState, lock: RunLock) -> None:
     """Take away a run that was begun and is refused after all, with settings that are to be mended."""
-    for path in [*run.checkpoints.glob("*.pt"), run.folder / "config.yaml"]:
+    for path in [*run.checkpoints.glob("*.pt"), run.folder / HALVES, run.folder / "config.yaml"]:
         path.unlink(missing_ok=True)
     lock.release()
     for folder in (run.checkpoints, run.folder):

@@ -22,11 +22,12 @@ LAYERS = (
         "fingerprints",
         "quadratic",
         "batches",
+        "settings",
     ),
-    ("cudaops", "placement"),
+    ("cudaops", "placement", "stackpaths"),
     # Single files and single operations.
     ("ending", "files", "unpickle", "columns", "images", "ops", "spectral", "symmetry", "nulls"),
-    ("atoms",),
+    ("atoms", "csfiles"),
     (
         "config",
         "volumes",
@@ -48,17 +49,18 @@ LAYERS = (
     ("figures", "fscsuite", "sectors"),
     ("fscfigures",),
     # What training is put together from.
+    ("imageprep",),
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "exporting", "fsccommand", "backprojection"),
+    ("reconstruction", "inspection", "exporting", "survey", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
     ("memory",),
-    ("evaluation", "trainer", "holdout"),
-    ("start", "preparation"),
+    ("evaluation", "trainer", "holdout", "sign"),
+    ("start", "preparation", "imagesurvey"),
     ("products",),
     # What people call.
-    ("train", "validation", "backprojectcommand", "doctor", "comparing"),
+    ("train", "validation", "backprojectcommand", "doctor", "comparing", "inspectcommand"),
     ("api", "cli"),
     # Whose names are those of "api", brought in when one is used; others import it for its version alone.
     ("__init__",),
@@ -158,7 +160,7 @@ def test_the_compiled_core_knows_nothing_of_pytorch():
         assert not [line for line in includes if any(word in line for word in ("torch", "ATen", "c10"))], path
 
 
-LAUNCHER_NEEDS = ("cryosplat.config", "cryosplat.errors", "cryosplat.files", "cryosplat.status")
+LAUNCHER_NEEDS = tuple(f"cryosplat.{name}" for name in ("config", "settings", "errors", "files", "status"))
 """What the launcher imports at once; all else, and PyTorch with it, only when it looks at data or trains."""
 
 
