@@ -108,7 +108,7 @@ class Reporter:
         if self._folder is None:
             return
         if state == "complete" or not (self._folder / "config.yaml").is_file():
-            with self._lock:
+            with self._lock, contextlib.suppress(OSError):
                 (self._folder / status.NAME).unlink(missing_ok=True)
             for folder in self._made:
                 with contextlib.suppress(OSError):  # something else is in it
