@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> None:
         InputError: no mixture there, an unknown suffix, too much for a PDB file, or a file that exists.
     """
     output = Path(args.output)
-    if output.suffix not in SUFFIXES:
-        raise InputError(f"{output}: expected a file ending in {', '.join(SUFFIXES)}, found {output.suffix or 'none'}")
+    _require_format(output)
     source = Path(args.source)
     mixture = read_mixture(source / "gaussians.npz" if source.is_dir() else source, args.model)
     if mixture["box"] is None or mixture["pixel_size_a"] is None:
@@ -54,6 +53,7 @@ def export_mixture(path: str | os.PathLike, mixture: Mapping[str, Any], overwrit
     Raises:
         InputError: see ``run``.
     """
+    _require_format(Path(path))
     suffix, grid = Path(path).suffix, {"box": mixture["box"], "pixel_size_a": mixture["pixel_size_a"]}
     if suffix == ".npz":
         write_mixture_npz(path, {"full": mixture}, **grid, overwrite=overwrite)
@@ -61,3 +61,8 @@ def export_mixture(path: str | os.PathLike, mixture: Mapping[str, Any], overwrit
         write_mixture_ply(path, mixture, **grid, overwrite=overwrite)
     else:
         write_mixture_atoms(path, mixture, **grid, overwrite=overwrite)
+
+
+def _require_format(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}, found {path.suffix or 'none'}")
