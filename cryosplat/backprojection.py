@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryosplat import distributed, ops
+from cryosplat import distributed, ops, progress
 from cryosplat.ctf import ctf_image
 from cryosplat.dataset import ParticleDataset, shells_of_half_plane
 from cryosplat.imageprep import fourier_crop
@@ -133,6 +133,7 @@ def back_project(
     weight = 1 / noise_variance(radial, box).to(device)
     operators, on_grid = split(np.eye(3)[None] if symmetry is None else symmetry)
     operators = torch.from_numpy(operators).float().to(device)
+    done = 0
     for batch in dataset.batches(np.split(ids, range(VIEWS_PER_INSERT, len(ids), VIEWS_PER_INSERT))):
         ctf = 1.0 if batch.ctf is None else ctf_image(batch.ctf, box, dataset.pixel_size_a, batch.phases)
         filtered = ctf * weight[batch.half]
@@ -145,6 +146,8 @@ def back_project(
             shifts = shifts * (inserted / box)
         for operator in operators:
             ops.insert(values, weights, batch.rotations @ operator * (inserted / side), shifts, grid, sums)
+        done += len(batch)
+        progress.at(done)
     total = distributed.sum_to_main(sums, world)
     if total is not None and len(on_grid) > 1:
         for one in total:

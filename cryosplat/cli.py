@@ -171,6 +171,27 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=validation.run)
 
 
+def _status(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import status
+
+    status.add_arguments(parser)
+    parser.set_defaults(run=status.run)
+
+
+def _gaussians(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import gaussianfiles
+
+    gaussianfiles.add_arguments(parser)
+    parser.set_defaults(run=gaussianfiles.run)
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import comparing
+
+    comparing.add_arguments(parser)
+    parser.set_defaults(run=comparing.run)
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     from cryosplat import doctor
 
@@ -183,13 +204,16 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = {
     "train": ("reconstruct a particle stack", _train),
+    "status": ("what runs are doing now", _status),
     "validate": ("say what a run's resolution is worth, by null tests", _validate),
     "backproject": ("linear maps of a particle stack", _backproject),
     "simulate": ("make a particle stack with known truth", _simulate),
     "voxelise": ("map of a Gaussian mixture", _voxelise),
+    "gaussians": ("the Gaussians of a run for other programs: .pdb, .cif, .ply, .npz", _gaussians),
     "postprocess": ("sharpen a map", _postprocess),
     "fsc": ("resolution of two half maps, or of a map against a reference", _fsc),
     "export": ("a run's particles back to RELION or cryoSPARC, all or the best", _export),
+    "compare": ("runs side by side: settings, resolution, curves, cost", _compare),
     "doctor": ("what was built, what this machine has, and whether its GPUs can be used", _doctor),
     "inspect": ("what a particle file holds, whether a run could start from it, and how; or any other file", _inspect),
     "info": ("the same as inspect", _inspect),

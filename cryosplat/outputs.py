@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from plyfile import PlyData, PlyElement, PlyParseError
 
-from cryosplat import figures
+from cryosplat import chimerax, figures
 from cryosplat.directional import viewing_directions
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
 from cryosplat.fsc import FscCurve, write_csv, write_xml
 from cryosplat.fscfigures import directional_figure, viewing_figure
 from cryosplat.fscsuite import FscSuite
+from cryosplat.pseudoatoms import write_mixture_atoms
 from cryosplat.scores import Scores, write_scores
 from cryosplat.symmetry import point_group
 from cryosplat.volumes import write_map
@@ -102,6 +103,10 @@ def write_run_outputs(
     }
     writers["gaussians.npz"] = lambda path: write_mixture_npz(path, mixtures, **grid, overwrite=overwrite)
     writers["gaussians.ply"] = lambda path: write_mixture_ply(path, mixtures["full"], **grid, overwrite=overwrite)
+    writers["gaussians.cif"] = lambda path: write_mixture_atoms(path, mixtures["full"], **grid, overwrite=overwrite)
+    writers[chimerax.NAME] = lambda path: chimerax.write_view(
+        path, maps, pixel_size_a, mixtures["full"], "gaussians.cif", overwrite
+    )
     if curves:
         writers["fsc.csv"] = lambda path: write_csv(path, curves, overwrite, errors=True)
     if suite is not None:

@@ -4,11 +4,13 @@ import logging
 
 import numpy as np
 
-from cryosplat import distributed, symmetrycheck
+from cryosplat import distributed, progress, symmetrycheck
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
+from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.evaluation import Comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
+from cryosplat.fsc import resolution
 from cryosplat.halves import DRAWN
 from cryosplat.linearmaps import LinearMaps, linear_maps, require_signal
 from cryosplat.particles import ParticleTable
@@ -58,7 +60,8 @@ class Preparation:
     def _read(self) -> ParticleDataset:
         table, data, world = self.table, self.config.data, self.world
         owned = np.flatnonzero(self.plan.owner(world.size) == world.rank)
-        where = {"device": world.device, "cache": self._cache}
+        where = {"device": world.device, "cache": self._cache, "progress": progress.at}
+        progress.stage("reading images", len(owned), "images" if world.size == 1 else "images of rank 0")
         dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
         logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
         return dataset
@@ -144,7 +147,9 @@ class Preparation:
         symmetry = operators(self.config.model.symmetry)
 
         def reconstruct(ids: np.ndarray, halves: bool) -> tuple[LinearHalf, ...] | None:
+            progress.stage("summing images", int(ids[dataset.owned].sum()), "images")
             sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, symmetry, halves)
+            progress.stage("linear maps")
             return None if sums is None else tuple(linear_half(one, dataset.box, symmetry) for one in sums)
 
         distributed.doing("the sums of images")
@@ -174,6 +179,11 @@ class Preparation:
         data, linear = self.config.data, None
         if self.config.maps.halves:
             linear = linear_maps(halves, self.dataset.pixel_size_a, comparison.mask, f"data.mask={data.mask}")
+        if linear is not None:
+            # The first that is known of the resolution, long before anything is fitted.
+            found = resolution(linear.curve, RESOLUTION_THRESHOLD_HALF_MAPS)
+            logger.info("linear half maps: %s (FSC 0.143, not corrected for the mask)", found)
+            progress.know(resolution=f"{found} (linear half maps, FSC 0.143)")
         if checked and data.check_signal and linear is not None:
             require_signal(linear)
         return linear

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from cryosplat import checkpoint, distributed, fitkeeping, interruption, start
+from cryosplat import checkpoint, distributed, fitkeeping, interruption, progress, start
 from cryosplat.backprojection import LinearHalf
 from cryosplat.config import check_files, load_config
 from cryosplat.ending import ending
@@ -73,7 +73,8 @@ def _train(config: Config, world: distributed.World, watch: interruption.Watch, 
     if run.summary is not None:
         logger.info("%s: the run is complete; nothing to do", run.folder)
         return run.summary
-    return Run(config, world, run, watch, lock).train()
+    with progress.shown(run.folder, listens=world.is_main):
+        return Run(config, world, run, watch, lock).train()
 
 
 class Run:
@@ -143,6 +144,7 @@ class Run:
             if self.fit_gains:
                 monitor.volume_fit(self.fit_gains)
                 distributed.together(lambda: self._save(monitor), self.world)  # what comes next may be cut short
+            self._say_training()
             while not trainer.finished:
                 trainer.run_epoch(
                     lambda report: self._report(report, monitor), lambda looked: self._after_step(looked, monitor)
@@ -151,6 +153,7 @@ class Run:
                     self._measure(monitor)
                     evaluation = self._evaluate(monitor)
                     distributed.wait_for_main(self.world)
+                    self._say_training()
                 distributed.together(lambda: self._save(monitor), self.world)
                 if not trainer.finished:  # then what is left takes no longer than to begin again
                     self._go_if_asked(self._saved())
@@ -165,6 +168,7 @@ class Run:
             scores = score_particles(config, trainer.reconstruction, trainer.table, self.images, self.world)
             summary = self._summary(evaluation, suite)
             if self.world.is_main:
+                progress.stage("writing maps and figures")
                 write_products(config, self.run.folder, trainer, evaluation, suite, summary, scores)
         return summary
 
@@ -255,6 +259,11 @@ class Run:
             monitor.text("run/hardware", hardware(self.world))
         return monitor
 
+    def _say_training(self) -> None:
+        trainer = self.trainer
+        if not trainer.finished:
+            progress.stage("training", trainer.total_steps, "steps", trainer.progress.step)
+
     def _report(self, report: Report, monitor) -> None:
         self.images_trained += report.images
         self.training_seconds += report.seconds
@@ -298,6 +307,7 @@ class Run:
         """Rank 0 alone; the others wait for it."""
         if not self.world.is_main:
             return None
+        progress.stage("evaluating")
         trainer = self.trainer
         evaluation = evaluate(trainer.reconstruction, self.comparison, self.linear)
         log_evaluation(monitor, trainer, evaluation)
