@@ -295,6 +295,7 @@ _WORDS = {
     "optics": _optics,
     "poses": _poses,
     "ctf": _ctf,
+    "aberrations": list,
     "halves": _halves,
     "micrographs": _micrographs,
     "duplicates": _duplicates,

@@ -16,6 +16,7 @@ from cryosplat.errors import InputError
 from cryosplat.halves import assign_halves
 from cryosplat.images import ImageReader
 from cryosplat.listing import Listing
+from cryosplat.opticsnotes import corrections
 from cryosplat.particles import (
     ParticleTable,
     list_particles,
@@ -190,10 +191,15 @@ def _pixel_size_source(found: Survey) -> str:
 
 
 def _optics(found: Survey, rows: np.ndarray) -> None:
-    """Optics groups and the microscope's constants, one entry a group."""
+    """Optics groups and the microscope's constants, one entry a group; what of them a run corrects, in sentences.
+
+    What it does not model becomes a note, as the table is read.
+    """
     columns = found.listing.columns
     if columns is None:
         return
+    if found.table is not None:
+        found.facts["aberrations"] = corrections(found.table.optics)
     star = found.listing.path.suffix.lower() == ".star"
     names = {
         "kv": "_rlnVoltage" if star else "ctf/accel_kv",

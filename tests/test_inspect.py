@@ -8,7 +8,7 @@ import training_set
 import yaml
 from scipy.spatial.transform import Rotation
 from stacks import make_images, write_dataset, write_stack, write_star
-from tables import BOX, COUNT, NAMES, PIXEL_SIZE_A, cs, relion30, save_cs, with_value, write_star31
+from tables import BOX, COUNT, NAMES, PIXEL_SIZE_A, cs, microscope, relion30, save_cs, with_value, write_star31
 
 from cryosplat import cli
 from cryosplat.config import check_files, load_config
@@ -360,3 +360,13 @@ def test_a_stack_whose_header_breaks_off_is_named(inspect, tmp_path):
     assert (
         code == 2 and "truncated: the header promises 6 images" in found["problems"][0] and len(found["problems"]) == 1
     )
+
+
+def test_aberrations_are_told_whether_they_are_corrected_or_not(inspect, tmp_path):
+    write_stack(tmp_path / "particles.mrcs", make_images())
+    write_star31(tmp_path / "p.star")
+    assert inspect(tmp_path / "p.star")[1]["facts"]["aberrations"] == []
+    optics = {"OpticsGroup": [1], "ImagePixelSize": [PIXEL_SIZE_A], "ImageSize": [BOX], **microscope(1)}
+    write_star31(tmp_path / "p.star", optics=optics | {"CtfDataArePhaseFlipped": [1]})
+    code, found = inspect(tmp_path / "p.star")
+    assert code == 0 and "6 of 6 images were phase-flipped: flipped back" in found["facts"]["aberrations"]
