@@ -37,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Only the one that is asked for brings its module in: "cryosplat --help" must not wait for PyTorch.
         if name in words:
             add(command)
-    args = parser.parse_args(words)
+    args, rest = parser.parse_known_args(words)
+    # What argparse leaves over of settings that come after options.
+    late = [word for word in rest if hasattr(args, "settings") and not word.startswith("-")]
+    if len(late) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
+    if late:
+        args.settings = [*args.settings, *late]
     return run_command(args.run, args)
 
 

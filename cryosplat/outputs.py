@@ -103,7 +103,9 @@ def write_run_outputs(
     }
     writers["gaussians.npz"] = lambda path: write_mixture_npz(path, mixtures, **grid, overwrite=overwrite)
     writers["gaussians.ply"] = lambda path: write_mixture_ply(path, mixtures["full"], **grid, overwrite=overwrite)
-    writers["gaussians.cif"] = lambda path: write_mixture_atoms(path, mixtures["full"], **grid, overwrite=overwrite)
+    writers["gaussians.cif"] = lambda path: write_mixture_atoms(
+        path, mixtures["full"], len(shown), float(pixel_size_a), overwrite=overwrite
+    )
     writers[chimerax.NAME] = lambda path: chimerax.write_view(
         path, maps, pixel_size_a, mixtures["full"], "gaussians.cif", overwrite
     )
