@@ -117,6 +117,11 @@ class StarTable:
         self._places = [self._place[name] for name in self._names]
         self._numbers = array("d")
 
+    @property
+    def names(self) -> list[str]:
+        """Its columns, read or not."""
+        return list(self._place)
+
     def __len__(self) -> int:
         if self.text:
             return len(next(iter(self.text.values())))

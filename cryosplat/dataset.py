@@ -85,7 +85,7 @@ class ParticleDataset:
         self._row = np.full(len(table), -1, dtype=np.int64)
         self._row[owned] = np.arange(len(owned))
         self._cropped = self.box < table.box
-        self._sign = 1.0 if invert else -1.0
+        self.invert = invert
         # What a batch has of every particle, on the device, so that a batch is a selection there.
         self._rows = torch.from_numpy(self._row).to(self.device)
         self._halves = torch.from_numpy(self.half).to(self.device)
@@ -134,8 +134,17 @@ class ParticleDataset:
         for h in (0, 1):
             mine = self.half == h
             level = deviation[mine & ~self._held_out].square().mean().sqrt()
-            gain[mine] = (self._sign * deviation[mine] / level).float()
+            gain[mine] = ((1 if self.invert else -1) * deviation[mine] / level).float()
         self._gain = gain.to(self.device)
+
+    def set_sign(self, invert: bool) -> None:
+        """Take all images, which are normalised, for white on dark or for dark on white."""
+        if invert != self.invert:
+            self.invert, self._gain = invert, -self._gain
+
+    def holds(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the particles ``ids`` (n,) this rank owns, bool (n,)."""
+        return self._row[ids] >= 0
 
     def make_null(
         self, kind: str, seed: int, same: np.ndarray, noise: np.ndarray, null_shell_a: float | None = None

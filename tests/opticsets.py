@@ -51,17 +51,18 @@ def even_to_fourth(astigmatism, secondary, tetrafoil):
     return phase
 
 
-def images(matrices=np.eye(2), odd=None, even=None, noise=0.0, recorded=None, seed=0):
+def images(matrices=None, odd=None, even=None, noise=0.0, recorded=None, seed=0):
     """Float32 (COUNT, BOX, BOX).
 
     Args:
-        matrices: M, one or (COUNT, 2, 2): the image at k shows the map at M k, both in 1/A of the map's A/px.
+        matrices: M, one or (COUNT, 2, 2), none: the identity; the image at k shows the map at M k, both in 1/A of the
+            map's A/px.
         odd: phase of (x, y) in 1/A, in radians.
         even: the same, taken from the CTF's.
         noise: standard deviation of a pixel over that of the images' signal.
         recorded: what to do with the CTF c afterwards: a function of c, multiplied into the spectrum.
     """
-    matrices = np.broadcast_to(matrices, (COUNT, 2, 2))
+    matrices = np.broadcast_to(np.eye(2) if matrices is None else matrices, (COUNT, 2, 2))
     turned = ROTATIONS.copy()
     turned[:, :2] = matrices.transpose(0, 2, 1) @ ROTATIONS[:, :2]
     found = spectra(TRUTH, turned, SHIFTS_PX) * (KX**2 + KY**2 < (BOX // 2) ** 2)

@@ -25,9 +25,10 @@ LAYERS = (
         "batches",
         "settings",
     ),
-    ("cudaops", "placement", "aberrations"),
+    ("cudaops", "placement", "stackpaths", "aberrations"),
     # Single files and single operations.
     ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
+    ("csfiles",),
     (
         "config",
         "volumes",
@@ -50,16 +51,16 @@ LAYERS = (
     # What training is put together from.
     ("imageprep",),
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "fsccommand", "backprojection"),
+    ("reconstruction", "inspection", "survey", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
     ("memory",),
-    ("evaluation", "trainer", "holdout"),
-    ("start", "preparation"),
+    ("evaluation", "trainer", "holdout", "sign"),
+    ("start", "preparation", "imagesurvey"),
     ("products",),
     # What people call.
-    ("train", "validation", "backprojectcommand", "doctor"),
+    ("train", "validation", "backprojectcommand", "doctor", "inspectcommand"),
     ("cli",),
 )
 
