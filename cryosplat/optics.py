@@ -35,7 +35,7 @@ LARGEST_STRETCH = 1.25
 AS_RECORDED, FLIPPED, MULTIPLIED = 0, 1, 2
 
 LEAST_CTF = 0.05
-"""Of images that were multiplied by their CTF, coefficients with less of it are set to zero: 3 % of them, with 2e-4 of
+"""Of images that were multiplied by their CTF, coefficients with less of it are set to zero: 3 % of them, with 5e-5 of
 the signal's weight. The others are divided by it, which gives their noise its white spectrum back."""
 
 
