@@ -51,7 +51,7 @@ def even_to_fourth(astigmatism, secondary, tetrafoil):
     return phase
 
 
-def images(matrices=None, odd=None, even=None, noise=0.0, recorded=None, seed=0):
+def images(matrices=None, odd=None, even=None, noise=0.0, recorded=None, seed=0, microscope=None):
     """Float32 (COUNT, BOX, BOX).
 
     Args:
@@ -61,6 +61,7 @@ def images(matrices=None, odd=None, even=None, noise=0.0, recorded=None, seed=0)
         even: the same, taken from the CTF's.
         noise: standard deviation of a pixel over that of the images' signal.
         recorded: what to do with the CTF c afterwards: a function of c, multiplied into the spectrum.
+        microscope: for ``contrast_transfer``.
     """
     matrices = np.broadcast_to(np.eye(2) if matrices is None else matrices, (COUNT, 2, 2))
     turned = ROTATIONS.copy()
@@ -68,7 +69,7 @@ def images(matrices=None, odd=None, even=None, noise=0.0, recorded=None, seed=0)
     found = spectra(TRUTH, turned, SHIFTS_PX) * (KX**2 + KY**2 < (BOX // 2) ** 2)
     x = (matrices[:, 0, 0, None, None] * KX + matrices[:, 0, 1, None, None] * KY) / FIELD_A
     y = (matrices[:, 1, 0, None, None] * KX + matrices[:, 1, 1, None, None] * KY) / FIELD_A
-    ctf = contrast_transfer(x, y, even)
+    ctf = contrast_transfer(x, y, even, microscope)
     found = found * ctf * (1 if odd is None else np.exp(1j * odd(x, y)))
     signal = np.fft.irfft2(found, s=(BOX, BOX), norm="ortho")
     if noise:
@@ -78,18 +79,24 @@ def images(matrices=None, odd=None, even=None, noise=0.0, recorded=None, seed=0)
     return signal.astype(np.float32)
 
 
-def contrast_transfer(x, y, even=None):
+def contrast_transfer(x, y, even=None, microscope=None):
+    """CTFs (COUNT, D, D//2+1). ``microscope``: kV, Cs (mm), amplitude contrast and phase shift (degrees), (COUNT,)."""
+    ones = np.ones(COUNT)
+    microscope = (VOLTAGE_KV * ones, CS_MM * ones, CONTRAST * ones, 0 * ones) if microscope is None else microscope
+    kv, cs_mm, contrast, shift = (np.asarray(values, float)[:, None, None] for values in microscope)
+    length = 12.2639 / np.sqrt(kv * 1e3 + 0.97845e-6 * (kv * 1e3) ** 2)
     u, v = DEFOCUS_A[:, :, None, None].transpose(1, 0, 2, 3)
     angle, squared = ANGLE[:, None, None], x**2 + y**2
     defocus = (u + v) / 2 + (u - v) / 2 * np.cos(2 * (np.arctan2(y, x) - angle))
-    phase = np.pi * WAVELENGTH_A * defocus * squared - np.pi / 2 * CS_MM * 1e7 * WAVELENGTH_A**3 * squared**2
-    return np.sin(phase + np.arcsin(CONTRAST) - (0 if even is None else even(x, y)))
+    phase = np.pi * length * defocus * squared - np.pi / 2 * cs_mm * 1e7 * length**3 * squared**2 + np.radians(shift)
+    return np.sin(phase + np.arcsin(contrast) - (0 if even is None else even(x, y)))
 
 
-def write(folder, stack, groups=None, sizes=(PIXEL_SIZE_A,), name="particles", **optics):
+def write(folder, stack, groups=None, sizes=(PIXEL_SIZE_A,), name="particles", shift_deg=None, **optics):
     """A stack and its star file of RELION 3.1; ``optics``: a column of data_optics each, a value or one for each group.
 
-    Shifts are given in A of each group's own A/px, of which there is one in ``sizes`` for each.
+    Shifts are given in A of each group's own A/px, of which there is one in ``sizes`` for each. ``shift_deg`` is the
+    phase shift of every particle.
     """
     groups = np.zeros(COUNT, int) if groups is None else groups
     write_stack(folder / f"{name}.mrcs", stack)
@@ -114,6 +121,7 @@ def write(folder, stack, groups=None, sizes=(PIXEL_SIZE_A,), name="particles", *
         "DefocusU": DEFOCUS_A[:, 0],
         "DefocusV": DEFOCUS_A[:, 1],
         "DefocusAngle": np.degrees(ANGLE),
+        "PhaseShift": np.zeros(COUNT) if shift_deg is None else shift_deg,
         "RandomSubset": HALF + 1,
     }
     text = "".join(_table(block, table) for block, table in (("optics", columns), ("particles", rows)))
