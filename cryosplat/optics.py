@@ -29,6 +29,9 @@ STAR_ODD, STAR_EVEN = "_rlnOddZernike", "_rlnEvenZernike"
 STAR_FLIPPED, STAR_MULTIPLIED = "_rlnCtfDataArePhaseFlipped", "_rlnCtfDataAreCtfPremultiplied"
 
 LARGEST_TILT_MRAD = 100.0
+LARGEST_COEFFICIENT = 1e6
+"""Of a Zernike polynomial of frequencies in 1/A; phases of even the sixth power are some 2500 turns then, at 2 A."""
+
 LARGEST_STRETCH = 1.25
 """Of a magnification matrix, along any direction; what is more is no matrix of a microscope."""
 
@@ -218,9 +221,14 @@ def _magnification(columns: Columns, rows: np.ndarray) -> np.ndarray:
 
 def _coefficients(columns: Columns, name: str, rows: np.ndarray) -> np.ndarray:
     """Zernike coefficients (n, k), k as many as the longest list of the file."""
-    if name not in columns:
+    if name not in columns or columns.values[name].shape[1] == 0:
         return np.zeros((len(rows), 0))
-    return columns.take(name, rows, columns.values[name].shape[1:], "a list such as [0,0,1.5]")
+    found = columns.take(name, rows, columns.values[name].shape[1:], "a list such as [0,0,1.5]")
+    huge = np.abs(found).max(1) > LARGEST_COEFFICIENT
+    _refuse(
+        columns, rows, huge, f"{name} has a coefficient above {LARGEST_COEFFICIENT:g}; the file was not fitted well"
+    )
+    return found
 
 
 def _recorded(columns: Columns, rows: np.ndarray) -> np.ndarray:

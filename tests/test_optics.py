@@ -110,7 +110,7 @@ def test_optics_groups_of_two_microscopes_and_phase_shifts_of_each_particle_make
     stack, two = images(noise=NOISE / 2, microscope=microscope), (PIXEL_SIZE_A,) * 2
     found = curve_of(load(tmp_path, particles=write(tmp_path, stack, groups, two, shift_deg=shift_deg, **constants)))
     as_one = curve_of(load(tmp_path, particles=write(tmp_path, stack, groups, two, shift_deg=shift_deg)))
-    assert np.abs(found - plain_curve)[2:18].max() < 0.03
+    assert (found - plain_curve)[2:18].min() > -0.01
     assert as_one[2:18].mean() < found[2:18].mean() - 0.08
 
 
@@ -174,7 +174,7 @@ def test_columns_that_say_nothing_change_no_bit(tmp_path):
     stack = images(noise=NOISE)
     before = load(tmp_path, particles=write(tmp_path, stack))
     nothing = {f"MagMat{i}{j}": int(i == j) for i in (0, 1) for j in (0, 1)}
-    nothing |= {"BeamTiltX": 0, "BeamTiltY": 0, "OddZernike": zernike(*[0] * 6), "EvenZernike": zernike(*[0] * 9)}
+    nothing |= {"BeamTiltX": 0, "BeamTiltY": 0, "OddZernike": zernike(*[0] * 6), "EvenZernike": "[]"}
     nothing |= {"CtfDataArePhaseFlipped": 0, "CtfDataAreCtfPremultiplied": 0}
     after = load(tmp_path, particles=write(tmp_path, stack, **nothing))
     assert before.optics is None and after.optics is None
@@ -297,6 +297,7 @@ BAD = {
     "tilt in words": ({"BeamTiltX": "x", "BeamTiltY": 0}, "row 0: _rlnBeamTiltX is 'x', expected a number"),
     "no list": ({"OddZernike": "0.5"}, "row 0: _rlnOddZernike is '0.5', expected a list such as"),
     "words in a list": ({"EvenZernike": "[0,x]"}, r"row 0: _rlnEvenZernike is '\[0,x\]', expected a list"),
+    "a huge coefficient": ({"OddZernike": "[0,1e9]"}, "row 0: _rlnOddZernike has a coefficient above 1e.06"),
     "half a matrix": ({"MagMat00": 1.01}, "of the magnification matrix it has _rlnMagMat00 alone"),
     "no matrix": (
         {"MagMat00": 0, "MagMat01": 0, "MagMat10": 0, "MagMat11": 0},
