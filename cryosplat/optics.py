@@ -5,6 +5,7 @@ flipped or multiplied by their CTF. Formulas: aberrations.py and docs/physics.md
 """
 
 import functools
+import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,12 +64,17 @@ class Optics:
     labels: tuple[str, ...]
     _filters: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    @property
-    def key(self) -> bytes:
-        """What prepared images depend on besides the stack; empty for images that are used as they are recorded."""
-        if not self.recorded.any() and not any(group.is_odd for group in self.groups):
-            return b""
-        return repr((self.groups, self.pixel_size_a)).encode() + self.group.tobytes() + self.recorded.tobytes()
+    def digest(self, ctf: np.ndarray | None) -> str:
+        """What prepared images depend on besides the stack, by which they can be kept: "" if on nothing else.
+
+        Args:
+            ctf: (n, 7) of the table, which counts for images that had their CTF applied.
+        """
+        applied = bool(self.recorded.any())
+        if not applied and not any(group.is_odd for group in self.groups):
+            return ""
+        parts = [repr((self.groups, self.pixel_size_a)).encode(), self.group.tobytes(), self.recorded.tobytes()]
+        return hashlib.sha256(b"".join([*parts, ctf.tobytes() if applied and ctf is not None else b""])).hexdigest()
 
     def ctf(self, parameters: np.ndarray) -> np.ndarray:
         """CTF parameters (n, 7) with what seven numbers can hold of even aberrations and magnification."""

@@ -195,6 +195,19 @@ def test_an_optics_group_without_aberrations_is_not_touched_by_the_others(tmp_pa
             assert torch.equal(*(getattr(batch, name) for batch in batches)) == same
 
 
+def test_prepared_images_are_others_where_what_they_are_corrected_for_is_another(tmp_path):
+    def digest(**columns):
+        table = load(tmp_path, particles=write(tmp_path, stack, **columns))
+        return table.optics.digest(table.ctf)
+
+    stack = images()
+    assert digest(MagMat00=1.01, MagMat01=0, MagMat10=0, MagMat11=1) == "" == digest(EvenZernike="[0.1]")
+    different = [TILT, TILT | {"BeamTiltX": 5.01}, ODD, {"CtfDataArePhaseFlipped": 1}]
+    different += [{"CtfDataArePhaseFlipped": 1, "EvenZernike": "[0.1]"}, {"CtfDataAreCtfPremultiplied": 1}]
+    digests = [digest(**columns) for columns in different]
+    assert len({"", *digests}) == len(different) + 1 and digest(**TILT) == digests[0]
+
+
 # Formulas
 
 
