@@ -139,13 +139,11 @@ def back_project(
         filtered = ctf * weight[batch.half]
         values, weights = batch.images * filtered, ctf * filtered
         grid = batch.half if halves else torch.zeros_like(batch.half)
-        shifts, inserted = batch.shifts, box_within(side, dataset.reach)
-        if inserted < box:
-            # In a smaller box of the same field of view a view reaches less far, and no farther than the grid.
-            values, weights = fourier_crop(values, inserted), fourier_crop(weights, inserted)
-            shifts = shifts * (inserted / box)
-        for operator in operators:
-            ops.insert(values, weights, batch.rotations @ operator * (inserted / side), shifts, grid, sums)
+        for some, inserted in _by_reach(batch.rotations, side, dataset.reach):
+            near = fourier_crop(values[some], inserted), fourier_crop(weights[some], inserted)
+            for operator in operators:
+                rotations = batch.rotations[some] @ operator * (inserted / side)
+                ops.insert(*near, rotations, batch.shifts[some] * (inserted / box), grid[some], sums)
         done += len(batch)
         progress.at(done)
     total = distributed.sum_to_main(sums, world)
@@ -166,6 +164,21 @@ def box_within(box: int, reach: float) -> int:
     while math.sqrt((inserted // 2) ** 2 - 1) * reach * 2 >= box:
         inserted -= 2
     return inserted
+
+
+def _by_reach(rotations: Tensor, box: int, reach: float) -> list[tuple[slice | Tensor, int]]:
+    """Which views (V,) to insert together, and in images cropped to how many pixels.
+
+    Where a magnification takes the last coefficients of a view out of the grid, it is inserted without these: cropped,
+    with its projection scaled to the smaller box.
+    """
+    inserted = box_within(box, reach)
+    if inserted == box:
+        return [(slice(None), box)]
+    stretch = torch.linalg.matrix_norm(rotations[:, :2].double(), 2)
+    near = math.sqrt((box // 2) ** 2 - 1) * stretch * 2 < box
+    parts = [(near.nonzero()[:, 0], box), ((~near).nonzero()[:, 0], inserted)]
+    return [(some, size) for some, size in parts if len(some)]
 
 
 def _symmetrised(sums: Tensor, on_grid: np.ndarray) -> Tensor:

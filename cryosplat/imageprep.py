@@ -1,7 +1,7 @@
 """What is done to every image by itself: background and noise level, transform, crop; and what it says of the noise.
 
 Nothing here depends on halves, sign, poses or other images, so what comes out can be kept and used again: with the
-``key`` of the optics, which corrects images for aberrations and undoes what was done with their CTF.
+``digest`` of the optics, which corrects images for aberrations and undoes what was done with their CTF.
 """
 
 from dataclasses import dataclass

@@ -119,6 +119,7 @@ def survey(config: Config) -> Survey:
         if found.table is None and config.maps.halves:  # what is wrong may be of the halves alone
             with contextlib.suppress(InputError):
                 found.table = _read_table(found, False)
+        found.notes += [] if found.table is None else corrections(found.table.optics)
         _images(found, rows)
         _optics(found, rows)
         _poses(found, rows)
