@@ -346,7 +346,7 @@ def test_a_damaged_pickle_is_refused_by_name_or_is_what_pickle_reads(folder, whi
     try:
         expected = Plainly(io.BytesIO(path.read_bytes())).load()
     except Exception:
-        return  # numpy minds damage in what is of no consequence: reserved fields, the type of an array yet to be filled
+        return  # numpy minds damage of no consequence: in reserved fields, in the type of an array yet to be filled
     SEEN["fuzz.pkl", "judged"] += 1
     parts = [found, expected] if not isinstance(found, list | tuple) else [*found, *expected]
     for ours, theirs in zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True):
