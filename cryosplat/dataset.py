@@ -12,7 +12,7 @@ from cryosplat.batches import Batch, Chosen, Courier, to_device
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.errors import InputError
 from cryosplat.fingerprints import NUMBERS
-from cryosplat.imageprep import IMAGES_PER_READ, Preparer, shells_of
+from cryosplat.imageprep import IMAGES_PER_READ, Preparer, fourier_crop, shells_of
 from cryosplat.nulls import null_shell, random_phases, white_spectra
 from cryosplat.particles import ParticleTable
 
@@ -55,6 +55,9 @@ class ParticleDataset:
         cache: "device" or "host", where half-spectra are held. From the host each batch's follow on a stream of their
             own while the batch before is at work.
 
+    Attributes:
+        reach: the largest factor by which a projection stretches frequencies; 1 without magnifications.
+
     Raises:
         InputError: a non-finite or constant image (named), or a box larger than the stored one.
     """
@@ -86,9 +89,17 @@ class ParticleDataset:
         # What a batch has of every particle, on the device, so that a batch is a selection there.
         self._rows = torch.from_numpy(self._row).to(self.device)
         self._halves = torch.from_numpy(self.half).to(self.device)
-        self._rotations = torch.from_numpy(table.rotations).float().to(self.device)
+        projections = table.rotations if table.optics is None else table.optics.projections(table.rotations)
+        # No rotation of a checked table reaches farther than 1; a magnification may.
+        self.reach = 1.0
+        if projections is not table.rotations:
+            self.reach = float(np.linalg.norm(projections[:, :2], 2, (1, 2)).max())
+        self._rotations = torch.from_numpy(projections).float().to(self.device)
         self._shifts = (torch.from_numpy(table.shifts) * self.box).float().to(self.device)
         self._ctf = None if table.ctf is None else torch.from_numpy(table.ctf).float().to(self.device)
+        rest = None if table.optics is None else table.optics.rest
+        self._phases = None if rest is None else fourier_crop(torch.from_numpy(rest), self.box).to(self.device)
+        self._optics = None if rest is None else torch.from_numpy(table.optics.group).to(self.device)
         self._gain = torch.zeros(len(table), device=self.device)
         preparer, place = Preparer(table, self.box, precision, self.device), "cpu" if cache == "host" else device
         self._spectra = torch.empty(len(owned), self.box, self.box // 2 + 1, 2, dtype=preparer.dtype, device=place)
@@ -207,6 +218,7 @@ class ParticleDataset:
             None if self._ctf is None else self._ctf[at],
             self._halves[at],
             chosen.ids,
+            None if self._phases is None else self._phases[self._optics[at]],
         )
 
     @property

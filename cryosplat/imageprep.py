@@ -1,6 +1,7 @@
 """What is done to every image by itself: background and noise level, transform, crop; and what it says of the noise.
 
-Nothing here depends on halves, sign, poses or other images, so what comes out can be kept and used again.
+Nothing here depends on halves, sign, poses or other images, so what comes out can be kept and used again: with the
+``key`` of the optics, which corrects images for aberrations and undoes what was done with their CTF.
 """
 
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ class Preparer:
         images = torch.from_numpy(raw).to(self._device)
         if not bool(torch.isfinite(images.sum())):  # or so large that the sum is not
             table.require_finite(raw, ids)
+        if table.optics is not None:
+            images = table.optics.restored(images, ids, table.ctf)
         background = images[:, corners]
         deviation = background.double().std(-1)
         if not bool((deviation > 0).all()):
@@ -77,8 +80,10 @@ class Preparer:
             raise InputError(f"{table.location(first)}: the image is constant outside its inner circle; remove it")
         images = (images - background.mean(-1)[:, None, None]) / deviation.float()[:, None, None]
         noise = torch.fft.rfft2(images * corners, norm="ortho").abs().square().double() / corners.double().mean()
-        # Filters of the stored box (optical aberrations of a particle's group) belong here, before anything is cropped.
-        spectra = fourier_crop(torch.fft.rfft2(images, norm="ortho"), self._box)
+        spectra = torch.fft.rfft2(images, norm="ortho")
+        if table.optics is not None:
+            spectra = table.optics.corrected(spectra, ids)
+        spectra = fourier_crop(spectra, self._box)
         return Prepared(
             self._stored(torch.view_as_real(spectra), ids),
             deviation.cpu().numpy(),

@@ -28,6 +28,11 @@ _CS_COLUMNS = (
     "ctf/cs_mm",
     "ctf/amp_contrast",
     "ctf/phase_shift_rad",
+    "ctf/tilt_A",
+    "ctf/shift_A",
+    "ctf/trefoil_A",
+    "ctf/tetra_A",
+    "ctf/anisomag",
 )
 
 

@@ -49,7 +49,8 @@ def half_map_curves(linear: LinearMaps | None, evaluation: Evaluation | None, pi
     """All curves of the linear half maps; None without such maps, and on other ranks than the first."""
     if linear is None:
         return None
-    suite = fsc_suite(evaluation.maps["half_a"], evaluation.maps["half_b"], pixel_size_a, linear.mask)
+    halves, copies = (evaluation.maps["half_a"], evaluation.maps["half_b"]), linear.halves[0].copies
+    suite = fsc_suite(*halves, pixel_size_a, linear.mask, copies=copies)
     for warning in suite.warnings:
         logger.warning("linear half maps: %s", warning)
     return suite
@@ -91,6 +92,7 @@ def write_products(
         pixel_size_a=pixel_size_a,
         metrics=read_metrics(folder / "metrics.csv"),
         volume_fit=read_volume_fit(folder / "volume_fit.csv"),
+        symmetry=config.model.symmetry,
         scores=scores,
         overwrite=True,
     )

@@ -103,7 +103,7 @@ class Reconstruction(nn.Module):
         return images.reshape(views, len(batch.half), self.box, self.box)
 
     def _filters(self, batch: Batch) -> Tensor | None:
-        return None if batch.ctf is None else ctf_image(batch.ctf, self.box, self.pixel_size_a)
+        return None if batch.ctf is None else ctf_image(batch.ctf, self.box, self.pixel_size_a, batch.phases)
 
     def _sum_by_model(self, losses: Tensor, half: Tensor) -> Tensor:
         full = losses[0].sum()

@@ -332,15 +332,17 @@ class Run:
         }
 
     def _summary(self, evaluation: Evaluation | None, suite: FscSuite | None) -> dict[str, Any]:
-        trainer, seconds = self.trainer, self._seconds()
+        trainer, seconds, agreement = self.trainer, self._seconds(), self.images.agreement
         ranks = distributed.gather_objects((time.process_time(), peak_memory_gib(self.world.device)), self.world)
         summary = {
             **(evaluation.summary() if evaluation else {}),
             "particles": trainer.plan.particles,
             "held_out": int(trainer.plan.held_out.sum()),
             "images_in_both_halves": self.images.shared,
-            "gaussians": trainer.reconstruction.mixture.counts[0],
-            "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.counts, strict=False)),
+            "gaussians": trainer.reconstruction.mixture.drawn[0],
+            "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.drawn, strict=False)),
+            "symmetry": self.config.model.symmetry,
+            "symmetric_share": agreement.share if agreement else None,
             "box": trainer.reconstruction.box,
             "pixel_size_a": round(trainer.reconstruction.pixel_size_a, 6),  # what float32 files carry
             "world_size": self.world.size,
@@ -361,7 +363,8 @@ class Run:
             "run_dir": str(self.run.folder),
         }
         if suite is not None:
-            summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
+            said = agreement and agreement.warning(self.config.model.symmetry)
+            summary |= {"warnings": [*suite.warnings, *([said] if said else [])], "anisotropy": suite.anisotropy}
         return distributed.broadcast_object(summary, self.world)
 
 
