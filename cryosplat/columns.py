@@ -92,7 +92,8 @@ class Columns:
             wanted = f"{shape[0]} numbers" if shape else "one number"
             raise InputError(f"{self.path}: {name} is {found}, expected {wanted} a row; export the file again")
         rows = np.arange(len(column)) if rows is None else rows
-        values = column[rows].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # of NaN that signal; they are found below
+            values = column[rows].astype(np.float64)
         bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
         if len(bad):
             row = int(rows[bad[0]])
@@ -227,22 +228,24 @@ def read_star(path: Path) -> dict[str, StarTable]:
     """Every looped table of a star file, by the name of its block.
 
     Raises:
-        InputError: a row of another length than the table's header, an open quotation, a column or a table that is
-            there twice, so that it is not known which is meant.
+        InputError: a row of another length than the table's header, an open quotation, rows without a loop_, a column
+            or a table that is there twice, so that it is not known which is meant.
     """
     tables: dict[str, StarTable] = {}
-    block, names, table = "", [], None
+    block, names, table, looped = "", [], None, False
     with open(path, encoding="utf-8-sig") as handle:
         for number, _line, kind, words in scan_star(path, handle):
             if kind == "block":
-                block, names, table = words[0], [], None
+                block, names, table, looped = words[0], [], None, False
             elif kind == "loop":
-                names, table = [], None
+                names, table, looped = [], None, True
             elif kind == "label":
                 names.append(words[0])
             elif kind == "row":
                 if table is None:
                     table = StarTable(path, names)
+                    if table.needed and not looped:
+                        raise InputError(f"{path}: line {number}: rows of values, but no loop_ before their columns")
                     _require_first(path, tables, block, table, number)
                     tables[block] = table
                 table.add(words, number)

@@ -188,6 +188,7 @@ CASES = {
         edited("data_particles", "data_images\nloop_\n_rlnImageName\n1@particles.mrcs\n\ndata_particles"),
         *("p.star: line ", "a second table of particles begins here (data_particles)", "data_images", "join them"),
     ),
+    "13 no loop_": (edited("loop_\n_rlnImageName", "_rlnImageName"), "p.star: line ", "no loop_ before their columns"),
     "13 an open quotation": (edited("5@particles.mrcs", "'5@particles.mrcs"), "p.star: line ", "no closing quotation"),
     "13 no image name": (edited("_rlnImageName", "_rlnName"), "p.star: no table with a column _rlnImageName"),
     "13 no image number": (edited("5@particles", "particles"), "p.star: row 4: _rlnImageName is 'particles.mrcs'", "@"),
