@@ -34,6 +34,9 @@ AGREED, CERTAINTY, LEAST_SHELLS = 0.3, 4.0, 2
 """A shell is looked at where the FSC of the halves without symmetry is above this, and above so many standard errors of
 noise. There must be so many. They need not be the first ones: an icosahedral particle less a ball begins at a few."""
 
+SEEN = 0.5
+"""Share of a shell's voxels that images of both halves must have told of: a mask mixes what few have told."""
+
 LEAST_SHARE = 0.85
 """A share that is below this by twice its error contradicts the symmetry."""
 
@@ -115,8 +118,10 @@ def compare(
     uu, us, su, ss = (sums.cross(one, other) for one, other in ((u[0], u[1]), (u[0], s[1]), (s[0], u[1]), (s[0], s[1])))
     power = np.sqrt(sums.cross(u[0], u[0]).sum(1) * sums.cross(u[1], u[1]).sum(1))
     curve = np.divide(uu.sum(1), power, out=np.zeros(sums.shells), where=power > 0)
-    voxels = np.maximum(sums.voxels.sum(1) * float(np.mean(mask**2)), 1)  # independent ones
-    shells = np.flatnonzero(curve[1:] > np.maximum(AGREED, CERTAINTY / np.sqrt(voxels[1:]))) + 1
+    there, all_there = sums(seen.astype(np.float32)).sum(1), sums.voxels.sum(1)
+    voxels = np.maximum(there * float(np.mean(mask**2)), 1)  # independent ones
+    clear = (curve > np.maximum(AGREED, CERTAINTY / np.sqrt(voxels))) & (there > SEEN * all_there)
+    shells = np.flatnonzero(clear[1:]) + 1
     if len(shells) < LEAST_SHELLS:
         return None
     weight = (voxels * curve**2)[shells]

@@ -143,8 +143,8 @@ def test_the_likelihood_of_a_symmetric_map_is_that_of_the_images_once():
     views = Views(truth, even_views(200), random_shifts(200, BOX), random_ctf(200), noise=0.5)
     symmetric, plain = (views.halves(operators)[0].equations.within(BOX) for operators in (group, None))
     with_it, without = (torch.from_numpy(volume).float() for volume in (truth, lump))
-    assert float(symmetric(with_it)[0]) == pytest.approx(float(plain(with_it)[0]), rel=2e-3)
-    assert abs(float(symmetric(without)[0]) / float(plain(without)[0]) - 1) > 0.02
+    assert float(symmetric(with_it)[0]) == pytest.approx(float(plain(with_it)[0]), rel=5e-4)
+    assert abs(float(symmetric(without)[0]) / float(plain(without)[0]) - 1) > 3e-3
 
 
 @pytest.mark.parametrize("name", ["C7", "D2"])
