@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import floors
 from benchmarks.machine import Machine, describe, measure_machine
 from benchmarks.ops import CUTOFF, PIXEL_SIZE_A, SIZES
-from cryosplat.config import TrainConfig
 from cryosplat.dataset import ParticleDataset
 from cryosplat.distributed import World, sum_arrays
 from cryosplat.files import atomic_path
@@ -32,6 +31,7 @@ from cryosplat.monitor import peak_memory_gib
 from cryosplat.particles import ParticleTable
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.sampling import BatchPlan
+from cryosplat.settings import TrainConfig
 from cryosplat.trainer import Report, Trainer
 
 SMALL = ((128, 32, 8),)

@@ -8,10 +8,10 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from cryosplat.columns import Columns
-from cryosplat.config import WITH_POSES
 from cryosplat.conventions import euler_to_rotation, rescaled_pixel_size
 from cryosplat.errors import InputError
 from cryosplat.listing import Listing, passthrough_hint, read_listing
+from cryosplat.settings import WITH_POSES
 from cryosplat.unpickle import read_pickle
 
 _LOG = logging.getLogger("cryosplat")

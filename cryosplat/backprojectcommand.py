@@ -9,7 +9,7 @@ import numpy as np
 
 from cryosplat import distributed
 from cryosplat.backprojection import back_project, linear_half
-from cryosplat.config import Config, check_files, load_config
+from cryosplat.config import check_files, load_config
 from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.dataset import ParticleDataset, radial_noise
 from cryosplat.errors import InputError, said_by_the_first
@@ -20,6 +20,7 @@ from cryosplat.memory import free_bytes, plan_memory
 from cryosplat.particles import read_particles
 from cryosplat.posterior import deliver
 from cryosplat.sampling import BatchPlan
+from cryosplat.settings import Config
 from cryosplat.symmetry import point_group
 from cryosplat.volumes import write_map
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cryosplat.config import VolumeConfig
 from cryosplat.errors import InputError
 from cryosplat.gaussians import AMPLITUDE, MEAN, NUMBERS, QUATERNION, SCALE, GaussianMixture, inverse_softplus
 from cryosplat.optimiser import ColumnAdam
 from cryosplat.quadratic import QuadraticForm
+from cryosplat.settings import VolumeConfig
 
 CUTOFF = 3.5
 """Standard deviations drawn in a fit. Of a map, the error is 2e-3, far below the noise."""

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cryosplat._extension import core
-from cryosplat.config import Config
 from cryosplat.devices import find_facts, obstacles
 from cryosplat.errors import InputError, PeerError, PeerGone
 from cryosplat.placement import Placement, find_placement, tasks_left_out
+from cryosplat.settings import Config
 
 _LOG = logging.getLogger("cryosplat")
 

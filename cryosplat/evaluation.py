@@ -7,7 +7,7 @@ import scipy.fft
 import torch
 
 from cryosplat.calibration import Calibrated
-from cryosplat.config import Config, resolve_path
+from cryosplat.config import resolve_path
 from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS, RESOLUTION_THRESHOLD_TRUTH
 from cryosplat.dataset import Batch
 from cryosplat.errors import InputError
@@ -16,6 +16,7 @@ from cryosplat.linearmaps import LinearMaps
 from cryosplat.masks import check_mask
 from cryosplat.posterior import deliver
 from cryosplat.reconstruction import FULL, Reconstruction
+from cryosplat.settings import Config
 from cryosplat.volumes import read_map
 
 PIXEL_SIZE_TOLERANCE = 1e-3

@@ -15,7 +15,6 @@ import torch
 
 from cryosplat import distributed
 from cryosplat.backprojection import PADDING
-from cryosplat.config import Config
 from cryosplat.errors import InputError
 from cryosplat.gaussians import NUMBERS
 from cryosplat.imageprep import IMAGES_PER_READ
@@ -24,6 +23,7 @@ from cryosplat.quadratic import MARGIN as FIT_MARGIN
 from cryosplat.quadratic import fast_size
 from cryosplat.reconstruction import MODEL_NAMES
 from cryosplat.sampling import BatchPlan
+from cryosplat.settings import Config
 from cryosplat.volumefit import MOST
 
 logger = logging.getLogger(__name__)

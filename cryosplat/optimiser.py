@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cryosplat.config import TrainConfig
+from cryosplat.settings import TrainConfig
 
 EPSILON = 1e-15
 """Adam's guard against division by zero. Gradients of single Gaussians are tiny, so torch's 1e-8 would damp them."""

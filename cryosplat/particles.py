@@ -22,12 +22,12 @@ from cryosplat.alignments import (
     table_invert,
     table_poses,
 )
-from cryosplat.config import NO_CTF, DataConfig
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.errors import InputError
 from cryosplat.halves import assign_halves, hold_out
 from cryosplat.images import ImageReader, StackHeader, read_header
 from cryosplat.listing import Listing, read_listing, resolve_stacks
+from cryosplat.settings import NO_CTF, DataConfig
 from cryosplat.unpickle import read_integers
 
 _LOG = logging.getLogger("cryosplat")

@@ -6,13 +6,13 @@ import numpy as np
 
 from cryosplat import distributed
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
-from cryosplat.config import Config
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.evaluation import Comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.linearmaps import LinearMaps, linear_maps, require_sign, require_signal
 from cryosplat.particles import ParticleTable
 from cryosplat.sampling import BatchPlan
+from cryosplat.settings import Config
 
 logger = logging.getLogger("cryosplat.train")
 

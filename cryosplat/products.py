@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from cryosplat import distributed
-from cryosplat.config import Config, save_config
+from cryosplat.config import save_config
 from cryosplat.evaluation import Evaluation, particle_example
 from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.linearmaps import LinearMaps
 from cryosplat.metrics import read_metrics, read_volume_fit
 from cryosplat.outputs import write_run_outputs
 from cryosplat.reconstruction import MODEL_NAMES
+from cryosplat.settings import Config
 from cryosplat.trainer import Trainer
 
 logger = logging.getLogger(__name__)

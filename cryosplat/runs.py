@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cryosplat import checkpoint
-from cryosplat.config import Config, config_differences, load_config, save_config
+from cryosplat.config import config_differences, load_config, save_config
 from cryosplat.errors import InputError
 from cryosplat.files import remove_unfinished
 from cryosplat.runlock import NAME as LOCK
 from cryosplat.runlock import RunLock
+from cryosplat.settings import Config
 
 logger = logging.getLogger(__name__)
 

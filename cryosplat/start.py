@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cryosplat.config import Config, ModelConfig, VolumeConfig
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.reconstruction import MODEL_NAMES
+from cryosplat.settings import Config, ModelConfig, VolumeConfig
 from cryosplat.volumefit import Fitted
 
 NARROWEST_PX = 0.5

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from cryosplat import checkpoint, distributed, fitkeeping, interruption, start
 from cryosplat.backprojection import LinearHalf
-from cryosplat.config import Config, check_files, load_config
+from cryosplat.config import check_files, load_config
 from cryosplat.ending import ending
 from cryosplat.errors import InputError, Interrupted, is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, read_comparison
@@ -33,6 +33,7 @@ from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runlock import RunLock
 from cryosplat.runs import RunState, begin_run, give_up_run, open_run
 from cryosplat.sampling import BatchPlan
+from cryosplat.settings import Config
 from cryosplat.trainer import Report, Trainer
 from cryosplat.volumefit import Fitted, Problem, fit_all, make_problems
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cryosplat import distributed
 from cryosplat.batches import Batch, Chosen, to_device
-from cryosplat.config import TrainConfig
 from cryosplat.dataset import ParticleDataset
 from cryosplat.errors import InputError
 from cryosplat.memory import OUT_OF_MEMORY
@@ -21,6 +20,7 @@ from cryosplat.optimiser import GatedAdam, learning_rate
 from cryosplat.particles import ParticleTable
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.sampling import BatchPlan
+from cryosplat.settings import TrainConfig
 from cryosplat.stepgraph import StepGraphs
 
 logger = logging.getLogger(__name__)

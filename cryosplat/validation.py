@@ -16,11 +16,12 @@ import numpy as np
 
 import cryosplat
 from cryosplat import figures, verdicts
-from cryosplat.config import Config, input_paths, load_config, resolve_path
+from cryosplat.config import input_paths, load_config, resolve_path
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
 from cryosplat.fsc import fsc, read_maps
 from cryosplat.records import Record, read_record
+from cryosplat.settings import Config
 from cryosplat.verdicts import Check
 from cryosplat.volumes import read_map
 

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from cryosplat import distributed
 from cryosplat.backprojection import LinearHalf
-from cryosplat.config import ModelConfig, VolumeConfig
 from cryosplat.descent import Descent
 from cryosplat.errors import InputError, Interrupted
 from cryosplat.fitkeeping import FitKeeper
@@ -36,6 +35,7 @@ from cryosplat.masks import mask_from_map, spherical_mask
 from cryosplat.metrics import OVERFITTED
 from cryosplat.quadratic import NormalEquations
 from cryosplat.sectors import SectorSums, smooth
+from cryosplat.settings import ModelConfig, VolumeConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from submitit.helpers import DelayedSubmission
 
-from cryosplat.config import Config
+from cryosplat.settings import Config
 
 QUEUEING_S = 60.0
 """How long ranks wait for rank 0 to queue the job again, which ends them."""

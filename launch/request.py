@@ -10,8 +10,8 @@ from typing import Any
 from sites import Site, check_site, minutes
 from submitit.slurm.slurm import SlurmExecutor
 
-from cryosplat.config import Config
 from cryosplat.errors import InputError
+from cryosplat.settings import Config
 
 MOST_RANKS = 64
 """Particles are dealt to as many shards, so further ranks would have nothing to do (cryosplat.sampling.SHARDS)."""

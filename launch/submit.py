@@ -34,8 +34,9 @@ from sites import load_site, minutes
 from snapshot import take_snapshot
 from submitit.core.utils import FailedJobError
 
-from cryosplat.config import Config, check_files, load_config
+from cryosplat.config import check_files, load_config
 from cryosplat.errors import InputError
+from cryosplat.settings import Config
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import mrcfile
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from cryosplat.config import DataConfig
 from cryosplat.particles import ParticleTable, read_particles
+from cryosplat.settings import DataConfig
 
 CTF_ROW = (8.0, 2.0, 12000.0, 11000.0, 30.0, 300.0, 2.7, 0.1, 90.0)
 

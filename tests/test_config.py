@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from cryosplat import config as configuration
-from cryosplat.config import Config, check_files, config_differences, find_config, load_config, save_config, validate
+from cryosplat.config import check_files, config_differences, find_config, load_config, save_config, validate
 from cryosplat.errors import InputError
+from cryosplat.settings import Config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -13,9 +13,9 @@ from test_reconstruction import PIXEL_SIZE_A, make_batch, make_mixture
 from views import WORLD
 
 from cryosplat import backprojection, cudaops, gaussians, spectral
-from cryosplat.config import ModelConfig, VolumeConfig
 from cryosplat.dataset import ParticleDataset, radial_noise
 from cryosplat.reconstruction import Reconstruction
+from cryosplat.settings import ModelConfig, VolumeConfig
 from cryosplat.volumefit import Problem, fit, whole
 
 BOX = training_set.BOX

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from plyfile import PlyData
 from reader import ROOT, SMALLER, Desk, blocks, commands, lay_out, names, program_state_kept, table
 
-from cryosplat.config import RECIPES, Config, load_config
+from cryosplat.config import load_config
 from cryosplat.metrics import COLUMNS, read_volume_fit
+from cryosplat.settings import RECIPES, Config
 from cryosplat.unpickle import read_pickle
 
 PAGES = [ROOT / name for name in ("README.md", "docs/formats.md", "docs/operations.md")]

@@ -11,8 +11,9 @@ import launching
 import pytest
 from training_set import training_set
 
-from cryosplat.config import Config, load_config, save_config
+from cryosplat.config import load_config, save_config
 from cryosplat.errors import InputError
+from cryosplat.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "submission.sh"

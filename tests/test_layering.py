@@ -23,6 +23,7 @@ LAYERS = (
         "fingerprints",
         "quadratic",
         "batches",
+        "settings",
     ),
     ("cudaops", "placement"),
     # Single files and single operations.
@@ -156,7 +157,7 @@ def test_the_compiled_core_knows_nothing_of_pytorch():
         assert not [line for line in includes if any(word in line for word in ("torch", "ATen", "c10"))], path
 
 
-LAUNCHER_NEEDS = ("cryosplat.config", "cryosplat.errors", "cryosplat.files")
+LAUNCHER_NEEDS = ("cryosplat.config", "cryosplat.settings", "cryosplat.errors", "cryosplat.files")
 """What the launcher imports at once; all else, and PyTorch with it, only when it looks at data or trains."""
 
 

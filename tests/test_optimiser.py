@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from cryosplat.config import TrainConfig
 from cryosplat.optimiser import EPSILON, ColumnAdam, GatedAdam, learning_rate
+from cryosplat.settings import TrainConfig
 
 
 def parameters(count=3):

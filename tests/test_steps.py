@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from views import WORLD
 
 from cryosplat import gaussians
-from cryosplat.config import TrainConfig
 from cryosplat.dataset import ParticleDataset
 from cryosplat.errors import InputError
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.reconstruction import Reconstruction
 from cryosplat.sampling import BatchPlan
+from cryosplat.settings import TrainConfig
 from cryosplat.stepgraph import WARM_UP, StepGraphs
 from cryosplat.trainer import Trainer
 

@@ -9,7 +9,6 @@ import training_set
 from views import WORLD
 
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
-from cryosplat.config import ModelConfig, VolumeConfig
 from cryosplat.dataset import radial_noise
 from cryosplat.errors import InputError
 from cryosplat.fsc import fsc
@@ -18,6 +17,7 @@ from cryosplat.masks import mask_from_map, spherical_mask
 from cryosplat.quadratic import NormalEquations
 from cryosplat.reconstruction import Reconstruction
 from cryosplat.sectors import SectorSums
+from cryosplat.settings import ModelConfig, VolumeConfig
 from cryosplat.volumefit import FEWEST, Problem, _deal, fit, fit_all, whole, wiener_alone
 
 BOX, PIXEL_SIZE_A = training_set.BOX, training_set.PIXEL_SIZE_A

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from cryosplat import figures, train
-from cryosplat.config import Config, load_config
+from cryosplat.config import load_config
 from cryosplat.dataset import ParticleDataset
 from cryosplat.monitor import Monitor
 from cryosplat.particles import read_particles
+from cryosplat.settings import Config
 from cryosplat.simulate import SimulateOptions, simulate
 from cryosplat.volumes import write_map
 
