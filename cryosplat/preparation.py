@@ -6,10 +6,11 @@ import numpy as np
 
 from cryosplat import distributed
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
-from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
+from cryosplat.dataset import noise_weights, radial_noise
 from cryosplat.evaluation import Comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.linearmaps import LinearMaps, linear_maps, require_sign, require_signal
+from cryosplat.nodeimages import read_images
 from cryosplat.particles import ParticleTable
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
@@ -20,13 +21,13 @@ _NULLS = {"noise": "pixels", "phases": "phases beyond data.null_shell_a"}
 
 
 class Preparation:
-    """The images that a rank owns, and what is known of all ranks' images before anything is trained.
+    """The images that a rank owns, and what is known of all ranks' images before anything is trained; a collective.
 
     Args:
         config: of the run.
         table: all particles.
         plan: which rank owns which of them, and which are held out.
-        cache: where images are held, "device" or "host".
+        cache: where images are held, "device", "host" or "disk".
 
     Attributes:
         dataset: the rank's images, read.
@@ -41,15 +42,14 @@ class Preparation:
     """
 
     def __init__(self, config: Config, world: distributed.World, table: ParticleTable, plan: BatchPlan, cache: str):
-        self.config, self.world, self.plan, data = config, world, plan, config.data
-        owned = np.flatnonzero(plan.owner(world.size) == world.rank)
+        self.config, self.world, self.plan = config, world, plan
         if world.is_main:
             logger.info(
                 "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
             )
-        where = {"device": world.device, "cache": cache}
-        self.dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
-        logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), self.dataset.bytes_in_memory / 2**30)
+        self.dataset = read_images(config, world, table, plan, cache)
+        count, memory = len(self.dataset.owned), self.dataset.bytes_in_memory / 2**30
+        logger.info("rank %d: read %d images, %.2f GiB", world.rank, count, memory)
         self.held_out = None
 
     def share_statistics(self) -> None:
@@ -96,7 +96,8 @@ class Preparation:
             return None, None
 
         def reconstruct(ids: np.ndarray, halves: bool) -> tuple[LinearHalf, ...] | None:
-            sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, halves=halves)
+            mine = dataset.in_file_order(dataset.owned[ids[dataset.owned]])
+            sums = back_project(dataset, mine, self.noise, world, halves=halves)
             return None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
 
         distributed.doing("the sums of images")

@@ -49,8 +49,10 @@ LAYERS = (
     ("fscfigures",),
     # What training is put together from.
     ("imageprep",),
+    ("cache",),
+    ("prefetch",),
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "fsccommand", "backprojection"),
+    ("reconstruction", "nodeimages", "inspection", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),

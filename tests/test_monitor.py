@@ -26,7 +26,7 @@ BOX = 24
 def log_step(monitor, step, loss=None, halves=True):
     loss = 1 / step if loss is None else loss
     losses = {"full": loss, "half_a": loss + 0.1, "half_b": loss + 0.2} if halves else {"full": loss}
-    monitor.step(step, step // 10, losses, 1e-3, 812.5, {"cpu_max_rss": 1.5, "gpu_max_reserved": 0.25})
+    monitor.step(step, step // 10, losses, 1e-3, 812.5, {"cpu_max_rss": 1.5, "gpu_max_reserved": 0.25}, 0.125)
 
 
 def log_evaluation(monitor, step, box=BOX, truth=True, names_of_maps=("map", "mixture")):
@@ -67,6 +67,7 @@ def test_every_tag_is_in_the_event_file_with_its_unit(tmp_path):
             "loss/half_b",
             "train/learning_rate",
             "throughput/images_per_second",
+            "throughput/waiting",
             "memory/cpu_max_rss(GiB)",
             "memory/gpu_max_reserved(GiB)",
             "resolution/calibrated_0.5(A)",
@@ -179,7 +180,7 @@ def test_a_line_that_a_kill_tore_is_not_read_and_is_gone_after_resuming(tmp_path
 
 def test_metrics_hold_every_column_and_nothing_for_what_there_is_not(tmp_path):
     with Monitor(tmp_path, 20, quiet=True) as monitor:
-        monitor.step(10, 0, {"full": 0.5}, 1e-3, 100.0, {"cpu_max_rss": 1.5})
+        monitor.step(10, 0, {"full": 0.5}, 1e-3, 100.0, {"cpu_max_rss": 1.5}, 0.0)
         line = (tmp_path / "metrics.csv").read_text().splitlines()[1]  # there while the run goes on
     assert line.startswith("10,0,0.5,,,0.001,100.0,1.5,,")
     metrics = read_metrics(tmp_path / "metrics.csv")
