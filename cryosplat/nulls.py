@@ -62,6 +62,8 @@ class Null:
 
     def change(self, pairs: Tensor, ids: np.ndarray) -> None:
         """Change held half-spectra (n, D, D//2+1, 2) of particles ``ids`` (n,), in place."""
+        if not len(ids):
+            return
         white = white_spectra(self.same[ids], pairs.shape[1], self.seed)
         if self.beyond is None:
             spectra = white * self.level[self.half[ids]]

@@ -182,7 +182,7 @@ def test_metrics_hold_every_column_and_nothing_for_what_there_is_not(tmp_path):
     with Monitor(tmp_path, 20, quiet=True) as monitor:
         monitor.step(10, 0, {"full": 0.5}, 1e-3, 100.0, {"cpu_max_rss": 1.5}, 0.0)
         line = (tmp_path / "metrics.csv").read_text().splitlines()[1]  # there while the run goes on
-    assert line.startswith("10,0,0.5,,,0.001,100.0,1.5,,")
+    assert line.startswith("10,0,0.5,,,0.001,100.0,0.0,1.5,,")
     metrics = read_metrics(tmp_path / "metrics.csv")
     assert tuple(metrics) == COLUMNS
     assert np.isnan(metrics["loss_half_a"][0]) and np.isnan(metrics["gpu_max_reserved_gib"][0])
@@ -197,7 +197,7 @@ def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path):
     run(tmp_path, [10, 20])
     whole = (tmp_path / "metrics.csv").read_text()
     (tmp_path / "metrics.csv").write_text(whole.replace("20,2,", "20,two,"))
-    with pytest.raises(InputError, match=r"metrics\.csv, line 3: expected 10 numbers"):
+    with pytest.raises(InputError, match=r"metrics\.csv, line 3: expected 11 numbers"):
         run(tmp_path, [30], start_step=20, resumed=True)
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="expected the columns step,epoch"):
@@ -301,7 +301,7 @@ from cryosplat.metrics import COLUMNS
 from cryosplat.monitor import Monitor
 logging.basicConfig(level=logging.INFO)
 if {what!r} == "metrics.csv":  # it has to fill before the event file does
-    rows = [",".join(COLUMNS)] + [f"{{step}},0,0.1234567890,,,,,,,1" for step in range(1, 651)]
+    rows = [",".join(COLUMNS)] + [f"{{step}},0,0.1234567890,,,,,,,,1" for step in range(1, 651)]
     pathlib.Path({run_dir!r}, "metrics.csv").write_text("\\n".join(rows) + "\\n")
 try:
     with Monitor({run_dir!r}, 10000, 650, resumed=True, quiet={what!r} != "run.log") as monitor:
