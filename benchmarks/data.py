@@ -133,7 +133,8 @@ def fill(folder: Path, caches: list[Path], count: int) -> None:
             print(
                 f"{cache} {again}: {rate:.0f} images/s in {found['seconds']:.1f} s ({found['cpu']:.1f} of CPU); the "
                 f"disk reads {disk:.0f}, {threads} threads transform {transforms:.0f}: "
-                f"{rate / min(disk, transforms):.0%} of the lower; {found['gib']:.2f} GiB resident at most, {found['gib_before']:.2f} before; load "
+                f"{rate / min(disk, transforms):.0%} of the lower; {found['gib']:.2f} GiB resident at most, "
+                f"{found['gib_before']:.2f} before; load "
                 f"{os.getloadavg()[0]:.1f}",
                 flush=True,
             )

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from test_dataset import stack_of
+from training_set import halves, last_checkpoint, settings, trained, training_set
 
 from cryosplat import cache, distributed, nodeimages
 from cryosplat.cache import ChunkSet, Layout, kept_sets, remove_set
 from cryosplat.config import load_config
 from cryosplat.errors import InputError
 from cryosplat.images import ImageReader
+from cryosplat.metrics import read_metrics
 from cryosplat.nodeimages import fill, open_cache, read_images
 from cryosplat.sampling import BatchPlan
 
@@ -304,3 +306,33 @@ def test_ranks_of_a_node_share_the_work(table, tmp_path):
     about = json.loads((kept.chunks.folder / "set.json").read_text())
     assert about["images"] == COUNT and about["stacks"][0][0] == str(table.images.paths[0].resolve())
     assert [one.folder for one in kept_sets(tmp_path / "cache")] == [kept.chunks.folder]
+
+
+# Runs
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_from_the_disk_is_the_run_from_memory_bit_by_bit_and_ranks_share_one_cache(
+    ranks, tmp_path, tmp_path_factory
+):
+    stack, found = training_set(tmp_path_factory), {}
+    for where in ("device", "disk", "again"):
+        words = settings(
+            stack, tmp_path / where, f"data.cache={'device' if where == 'device' else 'disk'}",
+            f"cache.dir={tmp_path / 'cache'}", "train.epochs=1", "train.threads=1",
+        )  # fmt: skip
+        if ranks == 1:
+            trained(stack, tmp_path / where, *words)
+        else:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            subprocess.run([*launch, "-m", "cryosplat.train", *words], check=True, capture_output=True, timeout=240)
+        found[where] = last_checkpoint(tmp_path / where)["trainer"]
+    for where in ("disk", "again"):
+        for ours, theirs in zip(found[where]["mixtures"], found["device"]["mixtures"], strict=True):
+            assert torch.equal(ours, theirs)
+    (only,) = kept_sets(tmp_path / "cache")
+    assert json.loads((only.folder / "set.json").read_text())["images"] == len(halves(stack))
+    summary = json.loads((tmp_path / "disk" / "summary.json").read_text())
+    assert 0 < summary["waiting"] < 1
+    assert read_metrics(tmp_path / "disk" / "metrics.csv")["waiting"].max() > 0
+    assert json.loads((tmp_path / "device" / "summary.json").read_text())["waiting"] == 0
