@@ -117,7 +117,7 @@ def back_project(
 
     Args:
         dataset: this rank's, normalised.
-        ids: (n,) which of its particles.
+        ids: (n,) which of its particles, best in the order in which they lie on disk (``dataset.in_file_order``).
         radial: (2, S) radial noise power of either half, as ``dataset.radial_noise`` gives it.
         symmetry: (K, 3, 3) operators S of a group; a view R is entered as R S for each of them. None: identity alone.
         halves: a grid each for half a and half b; otherwise one for all.

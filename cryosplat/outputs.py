@@ -38,6 +38,7 @@ SUMMARY_KEYS = (
     "pixel_size_a",
     "world_size",
     "images_per_second",
+    "waiting",
     "cpu_seconds",
     "wall_seconds",
     "peak_memory_gib",

@@ -13,6 +13,7 @@ from cryosplat.fingerprints import images_in_both_halves, same_images
 from cryosplat.fsc import resolution
 from cryosplat.halves import DRAWN
 from cryosplat.linearmaps import LinearMaps, linear_maps, require_signal
+from cryosplat.nodeimages import read_images
 from cryosplat.particles import ParticleTable
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
@@ -25,13 +26,13 @@ _NULLS = {"noise": "pixels", "phases": "phases beyond data.null_shell_a"}
 
 
 class Preparation:
-    """The images that a rank owns, and what is known of all ranks' images before anything is trained.
+    """The images that a rank owns, and what is known of all ranks' images before anything is trained; a collective.
 
     Args:
         config: of the run.
         table: all particles.
         plan: which rank owns which of them, and which are held out.
-        cache: where images are held, "device" or "host".
+        cache: where images are held, "device", "host" or "disk".
 
     Attributes:
         table, plan: all particles and who owns which, in halves that share no image if they were drawn.
@@ -58,12 +59,11 @@ class Preparation:
         self.held_out = self.agreement = None
 
     def _read(self) -> ParticleDataset:
-        table, data, world = self.table, self.config.data, self.world
-        owned = np.flatnonzero(self.plan.owner(world.size) == world.rank)
-        where = {"device": world.device, "cache": self._cache, "progress": progress.at}
-        progress.stage("reading images", len(owned), "images" if world.size == 1 else "images of rank 0")
-        dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
-        logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
+        world = self.world
+        owned = int((self.plan.owner(world.size) == world.rank).sum())
+        progress.stage("reading images", owned, "images" if world.size == 1 else "images of rank 0")
+        dataset = read_images(self.config, world, self.table, self.plan, self._cache, progress.at)
+        logger.info("rank %d: read %d images, %.2f GiB", world.rank, owned, dataset.bytes_in_memory / 2**30)
         return dataset
 
     def share_statistics(self) -> None:
@@ -89,7 +89,7 @@ class Preparation:
             self.dataset = None  # its memory is needed
             self.table = self.table.with_copies_together(self.same)
             self.plan = BatchPlan(self.table.half, self.plan.batch, self.plan.seed, self.table.held_out)
-            self.dataset = distributed.together(self._read, self.world)
+            self.dataset = self._read()
             self.share_statistics()
             return
         if self.shared and self.world.is_main:
@@ -147,8 +147,9 @@ class Preparation:
         symmetry = operators(self.config.model.symmetry)
 
         def reconstruct(ids: np.ndarray, halves: bool) -> tuple[LinearHalf, ...] | None:
-            progress.stage("summing images", int(ids[dataset.owned].sum()), "images")
-            sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, symmetry, halves)
+            mine = dataset.in_file_order(dataset.owned[ids[dataset.owned]])
+            progress.stage("summing images", len(mine), "images")
+            sums = back_project(dataset, mine, self.noise, world, symmetry, halves)
             progress.stage("linear maps")
             return None if sums is None else tuple(linear_half(one, dataset.box, symmetry) for one in sums)
 

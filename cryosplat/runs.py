@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "data.cache",
+    "cache",
     "train.micro_batch",
     "train.cuda_graph",
     "train.device",

@@ -29,11 +29,19 @@ class DataConfig:
     truth: str | None = None  # map to compare with, simulations only
     mask: str | None = None  # soft mask for FSC, 0 to 1; none: made from the linear half maps
     precision: str = "half"  # images in memory: half or single
-    cache: str = "auto"  # where they are held: auto, device (a GPU's own memory) or host
+    cache: str = "auto"  # where they are held: auto, device (a GPU's own memory), host or disk
     holdout: float = 0.0  # fraction of the images that nothing is trained on, to watch overfitting with
     null: str = "none"  # null test: phases (random beyond null_shell_a) or noise (no particle at all)
     null_shell_a: float | None = None  # A; null=phases: resolution from which on phases are random
     null_seed: int = 0  # of the random phases or noise
+
+
+@dataclass
+class CacheConfig:
+    """The cache of prepared images on the node's disk (data.cache=disk)."""
+
+    dir: str | None = None  # folder on a disk of the node; none: what SLURM_TMPDIR, TMPDIR or XDG_CACHE_HOME offer
+    max_gb: float | None = None  # GiB that all sets in it may take; none: as much as the disk has, but for a twentieth
 
 
 @dataclass
@@ -109,6 +117,7 @@ class Config:
 
     recipe: str = "default"  # what the defaults below are: default, random, images or paper
     data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     volume: VolumeConfig = field(default_factory=VolumeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -160,7 +169,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 CHOICES = {
     "recipe": tuple(RECIPES),
     "data.precision": ("half", "single"),
-    "data.cache": ("auto", "device", "host"),
+    "data.cache": ("auto", "device", "host", "disk"),
     "data.null": ("none", "phases", "noise"),
     "model.amplitudes": ("signed", "positive"),
     "model.start": ("map", "random"),
@@ -178,6 +187,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.holdout": (lambda value: 0 <= value <= 0.5, "a fraction of the images from 0 to 0.5"),
     "data.null_shell_a": (lambda value: value > 0, "a resolution above 0 A"),
     "data.null_seed": (lambda value: 0 <= value < 2**32, "0 to 4294967295"),
+    "cache.max_gb": (lambda value: value > 0, "more than 0 GiB"),
     "model.gaussians": (lambda value: value >= 1, "at least 1"),
     "model.spread": (lambda value: 0 < value <= 0.5, "a fraction of the box above 0 and at most 0.5"),
     "model.scale_min": (lambda value: value > 0, "a fraction of the box above 0"),

@@ -92,6 +92,7 @@ class Run:
         self.began = time.perf_counter()
         self.before = run.state["seconds"] if run.state else {"wall": 0.0, "cpu": 0.0, "training": 0.0}
         self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, self.before.get("fit", 0.0)
+        self.waited_seconds = 0.0
         self.fit_gains: dict[str, list[float]] = {}
         self.begun = run.resumed
         table = distributed.together(self._read_table, world)
@@ -267,9 +268,10 @@ class Run:
     def _report(self, report: Report, monitor) -> None:
         self.images_trained += report.images
         self.training_seconds += report.seconds
-        memory = peak_memory_gib(self.world.device)
-        rate = report.images / max(report.seconds, 1e-9)
-        monitor.step(report.step, report.epoch, report.losses, report.learning_rate, rate, memory)
+        self.waited_seconds += report.waited
+        memory, seconds = peak_memory_gib(self.world.device), max(report.seconds, 1e-9)
+        rate, waiting = report.images / seconds, report.waited / seconds
+        monitor.step(report.step, report.epoch, report.losses, report.learning_rate, rate, memory, waiting)
 
     def _after_step(self, looked: bool, monitor) -> None:
         """Save if it is time, and go if a rank was asked to; all ranks do the same."""
@@ -343,7 +345,8 @@ class Run:
 
     def _summary(self, evaluation: Evaluation | None, suite: FscSuite | None) -> dict[str, Any]:
         trainer, seconds, agreement = self.trainer, self._seconds(), self.images.agreement
-        ranks = distributed.gather_objects((time.process_time(), peak_memory_gib(self.world.device)), self.world)
+        mine = time.process_time(), peak_memory_gib(self.world.device), self.waited_seconds
+        ranks = distributed.gather_objects(mine, self.world)
         summary = {
             **(evaluation.summary() if evaluation else {}),
             "particles": trainer.plan.particles,
@@ -357,10 +360,11 @@ class Run:
             "pixel_size_a": round(trainer.reconstruction.pixel_size_a, 6),  # what float32 files carry
             "world_size": self.world.size,
             "images_per_second": self.images_trained / self.training_seconds if self.training_seconds else None,
-            "cpu_seconds": self.before["cpu"] + sum(cpu for cpu, _ in ranks),
+            "waiting": max(waited for *_, waited in ranks) / self.training_seconds if self.training_seconds else None,
+            "cpu_seconds": self.before["cpu"] + sum(cpu for cpu, *_ in ranks),
             "wall_seconds": seconds["wall"],
-            "peak_memory_gib": sum(memory["cpu_max_rss"] for _, memory in ranks),
-            "peak_gpu_memory_gib": max((memory.get("gpu_max_reserved", 0.0) for _, memory in ranks), default=0.0),
+            "peak_memory_gib": sum(memory["cpu_max_rss"] for _, memory, _ in ranks),
+            "peak_gpu_memory_gib": max((memory.get("gpu_max_reserved", 0.0) for _, memory, _ in ranks), default=0.0),
             "volume_fit_seconds": seconds["fit"],
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,

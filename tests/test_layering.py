@@ -52,8 +52,10 @@ LAYERS = (
     ("fscfigures",),
     # What training is put together from.
     ("imageprep",),
+    ("cache",),
+    ("prefetch",),
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "gaussianfiles", "survey", "fsccommand", "backprojection"),
+    ("reconstruction", "nodeimages", "inspection", "gaussianfiles", "survey", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),

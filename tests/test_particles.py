@@ -239,7 +239,7 @@ def test_reading_particles_leaves_logging_and_standard_output_alone(tmp_path, ke
         f"logging.basicConfig(filename={str(tmp_path / 'log')!r}, filemode='w', level=logging.INFO)\n"
         "logger = logging.getLogger('cryosplat'); handlers = logging.getLogger().handlers[:]\n"
         "from stacks import load\n"
-        f"load({str(tmp_path)!r}, **{keys!r}).read(np.arange(6))\n"
+        f"load({str(tmp_path)!r}, **{keys!r}).read(np.array([0, 3]))\n"
         "assert 'cryodrgn' in sys.modules and logging.getLogger().handlers == handlers and not logger.disabled\n"
         "logger.warning('still here')\n"
     )
