@@ -163,6 +163,13 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=inspectcommand.run)
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import exporting
+
+    exporting.add_arguments(parser)
+    parser.set_defaults(run=exporting.run)
+
+
 def _validate(parser: argparse.ArgumentParser) -> None:
     from cryosplat import validation
 
@@ -188,6 +195,7 @@ _COMMANDS = {
     "voxelise": ("map of a Gaussian mixture", _voxelise),
     "postprocess": ("sharpen a map", _postprocess),
     "fsc": ("resolution of two half maps, or of a map against a reference", _fsc),
+    "export": ("a run's particles back to RELION or cryoSPARC, all or the best", _export),
     "doctor": ("what was built, what this machine has, and whether its GPUs can be used", _doctor),
     "inspect": ("what a particle file holds, whether a run could start from it, and how; or any other file", _inspect),
     "info": ("the same as inspect", _inspect),

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from cryosplat import distributed
+from cryosplat import distributed, symmetrycheck
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.evaluation import Comparison
@@ -15,6 +15,7 @@ from cryosplat.particles import ParticleTable
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
 from cryosplat.sign import Sign, find_sign
+from cryosplat.symmetry import operators
 
 logger = logging.getLogger("cryosplat.train")
 
@@ -39,6 +40,7 @@ class Preparation:
         weights: (2, D, D//2+1) that whiten it, if that was asked for.
         sign: of the data.
         held_out: the likelihood of held-out images, on rank 0, once images were back-projected.
+        agreement: what the images say of the particle's symmetry, on rank 0; None: nothing, or nothing yet.
 
     Raises:
         InputError: an image that cannot be used.
@@ -51,7 +53,7 @@ class Preparation:
                 "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
             )
         self.dataset = self._read()
-        self.held_out = None
+        self.held_out = self.agreement = None
 
     def _read(self) -> ParticleDataset:
         table, data, world = self.table, self.config.data, self.world
@@ -139,12 +141,16 @@ class Preparation:
         if not halves and not fits:
             return None, None
 
+        symmetry = operators(self.config.model.symmetry)
+
         def reconstruct(ids: np.ndarray, halves: bool) -> tuple[LinearHalf, ...] | None:
-            sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, halves=halves)
-            return None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
+            sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, symmetry, halves)
+            return None if sums is None else tuple(linear_half(one, dataset.box, symmetry) for one in sums)
 
         distributed.doing("the sums of images")
         found = reconstruct(~plan.held_out, halves)
+        if symmetry is not None and halves and self.config.data.null == "none":
+            self._ask_for_symmetry(found)
         watched = watched and fits and plan.held_out.any()
         kept = reconstruct(plan.held_out, False) if watched else None
         self.held_out = kept[0].equations if kept else None
@@ -152,6 +158,16 @@ class Preparation:
         return found, distributed.together(
             lambda: self._look_at(found, comparison, checked) if world.is_main else None, world
         )
+
+    def _ask_for_symmetry(self, symmetric: tuple[LinearHalf, ...] | None) -> None:
+        """See whether the particle has the symmetry that it is said to have, and say so; a collective."""
+        dataset, name = self.dataset, self.config.model.symmetry
+        mine = dataset.owned[~self.plan.held_out[dataset.owned]]
+        self.agreement = symmetrycheck.agreement(dataset, mine, self.noise, self.world, symmetric)
+        if self.world.is_main:
+            logger.info("symmetry %s: %s", name, self.agreement or "the images agree on too little to tell")
+            if self.agreement and (warning := self.agreement.warning(name)):
+                logger.warning("%s", warning)
 
     def _look_at(self, halves: tuple[LinearHalf, ...], comparison: Comparison, checked: bool) -> LinearMaps | None:
         """Make the linear maps of the halves, and see whether they are worth fitting anything to."""

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "train.threads",
     "train.log_every",
     "maps.every",
+    "maps.particles",
     "checkpoint",
     "distributed",
     "resume",

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cryosplat.pointgroups import KNOWN as KNOWN_GROUPS
+from cryosplat.pointgroups import canonical
+
 
 @dataclass
 class DataConfig:
@@ -45,6 +48,7 @@ class ModelConfig:
     scale_min: float = 0.004
     scale_max: float = 0.05
     cutoff: float = 3.5  # standard deviations drawn in images; relative L2 error of an image 2e-3
+    symmetry: str = "C1"  # point group of the particle, in RELION's axes; C1: none
 
 
 @dataclass
@@ -79,6 +83,7 @@ class TrainConfig:
 class MapsConfig:
     halves: bool = True  # train half a and half b beside the full model
     every: int = 1  # epochs between FSC evaluations; the last epoch always is one
+    particles: bool = True  # measure every particle against the other half's model at the end
 
 
 @dataclass
@@ -177,6 +182,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.spread": (lambda value: 0 < value <= 0.5, "a fraction of the box above 0 and at most 0.5"),
     "model.scale_min": (lambda value: value > 0, "a fraction of the box above 0"),
     "model.scale_max": (lambda value: value <= 0.5, "a fraction of the box, at most 0.5"),
+    "model.symmetry": (lambda value: canonical(value) is not None, KNOWN_GROUPS),
     "model.cutoff": (lambda value: 2 <= value <= 8, "2 to 8 standard deviations"),
     "train.epochs": (lambda value: value >= 0, "0 or more"),
     "volume.steps": (lambda value: value >= 0, "0 or more"),

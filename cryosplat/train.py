@@ -28,8 +28,9 @@ from cryosplat.holdout import HoldOut
 from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.particles import ParticleTable, read_particles
+from cryosplat.particlescores import score_particles
 from cryosplat.preparation import Preparation
-from cryosplat.products import half_map_curves, hardware, log_evaluation, write_products
+from cryosplat.products import half_map_curves, hardware, log_evaluation, particle_file, write_products
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runlock import RunLock
 from cryosplat.runs import HALVES, RunState, begin_run, give_up_run, open_run
@@ -161,9 +162,10 @@ class Run:
                     evaluation = self._evaluate(monitor)
                 suite = half_map_curves(self.linear, evaluation, trainer.reconstruction.pixel_size_a)
             distributed.wait_for_main(self.world)
+            scores = score_particles(config, trainer.reconstruction, trainer.table, self.images, self.world)
             summary = self._summary(evaluation, suite)
             if self.world.is_main:
-                write_products(config, self.run.folder, trainer, evaluation, suite, summary)
+                write_products(config, self.run.folder, trainer, evaluation, suite, summary, scores)
         return summary
 
     def _read_table(self) -> ParticleTable:
@@ -330,15 +332,17 @@ class Run:
         }
 
     def _summary(self, evaluation: Evaluation | None, suite: FscSuite | None) -> dict[str, Any]:
-        trainer, seconds = self.trainer, self._seconds()
+        trainer, seconds, agreement = self.trainer, self._seconds(), self.images.agreement
         ranks = distributed.gather_objects((time.process_time(), peak_memory_gib(self.world.device)), self.world)
         summary = {
             **(evaluation.summary() if evaluation else {}),
             "particles": trainer.plan.particles,
             "held_out": int(trainer.plan.held_out.sum()),
             "images_in_both_halves": self.images.shared,
-            "gaussians": trainer.reconstruction.mixture.counts[0],
-            "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.counts, strict=False)),
+            "gaussians": trainer.reconstruction.mixture.drawn[0],
+            "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.drawn, strict=False)),
+            "symmetry": self.config.model.symmetry,
+            "symmetric_share": agreement.share if agreement else None,
             "box": trainer.reconstruction.box,
             "pixel_size_a": round(trainer.reconstruction.pixel_size_a, 6),  # what float32 files carry
             "world_size": self.world.size,
@@ -351,6 +355,7 @@ class Run:
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
+            **(particle_file(self.config) if self.world.is_main else {}),
             "invert": self.images.sign.invert,
             "sign_certainty": self.images.sign.certainty,
             "halves_from": trainer.table.half_from if self.config.maps.halves else None,
@@ -358,7 +363,8 @@ class Run:
             "run_dir": str(self.run.folder),
         }
         if suite is not None:
-            summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
+            said = agreement and agreement.warning(self.config.model.symmetry)
+            summary |= {"warnings": [*suite.warnings, *([said] if said else [])], "anisotropy": suite.anisotropy}
         return distributed.broadcast_object(summary, self.world)
 
 

@@ -23,9 +23,9 @@ LAYERS = (
         "fingerprints",
         "quadratic",
         "batches",
-        "settings",
+        "pointgroups",
     ),
-    ("cudaops", "placement", "stackpaths", "aberrations"),
+    ("cudaops", "placement", "settings", "stackpaths", "aberrations"),
     # Single files and single operations.
     ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
     ("csfiles",),
@@ -37,6 +37,8 @@ LAYERS = (
         "checkpoint",
         "runlock",
         "listing",
+        "scores",
+        "tablecopies",
         "phantom",
         "slices",
         "gaussians",
@@ -55,12 +57,13 @@ LAYERS = (
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
+    ("symmetrycheck",),
     ("memory",),
     ("evaluation", "trainer", "holdout", "sign"),
     ("start", "preparation", "imagesurvey"),
-    ("products",),
+    ("products", "particlescores"),
     # What people call.
-    ("train", "validation", "backprojectcommand", "doctor", "inspectcommand"),
+    ("train", "validation", "backprojectcommand", "exporting", "doctor", "inspectcommand"),
     ("cli",),
 )
 
