@@ -17,10 +17,12 @@ from cryosplat.evaluation import read_comparison
 from cryosplat.fsc import resolution
 from cryosplat.linearmaps import linear_maps
 from cryosplat.memory import free_bytes, plan_memory
+from cryosplat.nodeimages import read_images
 from cryosplat.particles import read_particles
 from cryosplat.posterior import deliver
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
+from cryosplat.sign import find_sign
 from cryosplat.symmetry import operators
 from cryosplat.volumes import write_map
 
@@ -101,17 +103,15 @@ def _reconstruct(
     mine = np.flatnonzero(plan.owner(world.size) == world.rank)
     free = free_bytes(world)
 
-    def read_images():
-        cache = plan_memory(config, table, plan, world, free, 2 if halves else 1, trains=False).cache
-        where = {"device": world.device, "cache": cache}
-        return ParticleDataset(table, mine, data.box, table.invert, data.precision, **where)
-
-    dataset = distributed.together(read_images, world)
+    grids = 2 if halves else 1
+    memory = distributed.together(lambda: plan_memory(config, table, plan, world, free, grids, trains=False), world)
+    dataset = read_images(config, world, table, plan, memory.cache)
     read = distributed.together(
         lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
     )
     noise = _share_noise(dataset, world)
-    symmetry, used = operators(config.model.symmetry), mine[~plan.held_out[mine]]
+    find_sign(dataset, table, noise, world, config.train.seed, data.check_sign)
+    symmetry, used = operators(config.model.symmetry), dataset.in_file_order(mine[~plan.held_out[mine]])
     sums = back_project(dataset, used, noise, world, symmetry, halves)
     if sums is not None and not halves:
         return {"unregularised": linear_half(sums[0], dataset.box).map}, dataset.pixel_size_a, []

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryosplat import distributed, ops
+from cryosplat import distributed, ops, progress
 from cryosplat.ctf import ctf_image
 from cryosplat.dataset import ParticleDataset, shells_of_half_plane
+from cryosplat.imageprep import fourier_crop
 from cryosplat.quadratic import NormalEquations
 from cryosplat.symmetry import split
 
@@ -116,7 +117,7 @@ def back_project(
 
     Args:
         dataset: this rank's, normalised.
-        ids: (n,) which of its particles.
+        ids: (n,) which of its particles, best in the order in which they lie on disk (``dataset.in_file_order``).
         radial: (2, S) radial noise power of either half, as ``dataset.radial_noise`` gives it.
         symmetry: (K, 3, 3) operators S of a group; a view R is entered as R S for each of them. None: identity alone.
         halves: a grid each for half a and half b; otherwise one for all.
@@ -132,15 +133,19 @@ def back_project(
     weight = 1 / noise_variance(radial, box).to(device)
     operators, on_grid = split(np.eye(3)[None] if symmetry is None else symmetry)
     operators = torch.from_numpy(operators).float().to(device)
+    done = 0
     for batch in dataset.batches(np.split(ids, range(VIEWS_PER_INSERT, len(ids), VIEWS_PER_INSERT))):
-        ctf = 1.0 if batch.ctf is None else ctf_image(batch.ctf, box, dataset.pixel_size_a)
+        ctf = 1.0 if batch.ctf is None else ctf_image(batch.ctf, box, dataset.pixel_size_a, batch.phases)
         filtered = ctf * weight[batch.half]
         values, weights = batch.images * filtered, ctf * filtered
-        if crop is not None:
-            values, weights = (_middle(spectra, crop) for spectra in (values, weights))
         grid = batch.half if halves else torch.zeros_like(batch.half)
-        for operator in operators:
-            ops.insert(values, weights, batch.rotations @ operator, batch.shifts * (side / box), grid, sums)
+        for some, inserted in _by_reach(batch.rotations, side, dataset.reach):
+            near = fourier_crop(values[some], inserted), fourier_crop(weights[some], inserted)
+            for operator in operators:
+                rotations = batch.rotations[some] @ operator * (inserted / side)
+                ops.insert(*near, rotations, batch.shifts[some] * (inserted / box), grid[some], sums)
+        done += len(batch)
+        progress.at(done)
     total = distributed.sum_to_main(sums, world)
     if total is not None and len(on_grid) > 1:
         for one in total:
@@ -148,10 +153,32 @@ def back_project(
     return total
 
 
-def _middle(spectra: Tensor, side: int) -> Tensor:
-    """Half-spectra (B, D, D//2+1) as images of ``side`` pixels have them."""
-    rows = torch.cat([spectra[:, : side // 2], spectra[:, -(side // 2) :]], 1)
-    return rows[:, :, : side // 2 + 1].contiguous()
+def box_within(box: int, reach: float) -> int:
+    """The largest even box of the same field of view whose coefficients, ``reach`` times as far out, are all within the
+    Nyquist frequency of ``box``.
+
+    >>> box_within(128, 1.0), box_within(128, 1.01)
+    (128, 126)
+    """
+    inserted = box
+    while math.sqrt((inserted // 2) ** 2 - 1) * reach * 2 >= box:
+        inserted -= 2
+    return inserted
+
+
+def _by_reach(rotations: Tensor, box: int, reach: float) -> list[tuple[slice | Tensor, int]]:
+    """Which views (V,) to insert together, and in images cropped to how many pixels.
+
+    Where a magnification takes the last coefficients of a view out of the grid, it is inserted without these: cropped,
+    with its projection scaled to the smaller box.
+    """
+    inserted = box_within(box, reach)
+    if inserted == box:
+        return [(slice(None), box)]
+    stretch = torch.linalg.matrix_norm(rotations[:, :2].double(), 2)
+    near = math.sqrt((box // 2) ** 2 - 1) * stretch * 2 < box
+    parts = [(near.nonzero()[:, 0], box), ((~near).nonzero()[:, 0], inserted)]
+    return [(some, size) for some, size in parts if len(some)]
 
 
 def _symmetrised(sums: Tensor, on_grid: np.ndarray) -> Tensor:

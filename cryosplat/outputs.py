@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from plyfile import PlyData, PlyElement, PlyParseError
 
-from cryosplat import figures
+from cryosplat import chimerax, figures
 from cryosplat.directional import viewing_directions
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
 from cryosplat.fsc import FscCurve, write_csv, write_xml
 from cryosplat.fscfigures import directional_figure, viewing_figure
 from cryosplat.fscsuite import FscSuite
+from cryosplat.pseudoatoms import write_mixture_atoms
+from cryosplat.scores import Scores, write_scores
 from cryosplat.symmetry import point_group
 from cryosplat.volumes import write_map
 
@@ -36,6 +38,7 @@ SUMMARY_KEYS = (
     "pixel_size_a",
     "world_size",
     "images_per_second",
+    "waiting",
     "cpu_seconds",
     "wall_seconds",
     "peak_memory_gib",
@@ -65,6 +68,7 @@ def write_run_outputs(
     metrics: Mapping[str, np.ndarray] | None = None,
     volume_fit: Mapping[str, np.ndarray] | None = None,
     symmetry: str = "C1",
+    scores: Scores | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """Write all products of a run into its directory; summary.json last, so that it stands for the rest.
@@ -83,6 +87,7 @@ def write_run_outputs(
         rotations: (N, 3, 3) of all particles, for viewing_directions.png.
         metrics: columns of metrics.csv, for loss.png; none or no rows, no figure.
         volume_fit: columns of volume_fit.csv, for volume_fit.png; none, no figure.
+        scores: of all particles, for particles.csv; none, no such file.
         overwrite: replace the products that are there. Only a run that goes on in its own directory may.
 
     Returns:
@@ -99,10 +104,18 @@ def write_run_outputs(
     }
     writers["gaussians.npz"] = lambda path: write_mixture_npz(path, mixtures, **grid, overwrite=overwrite)
     writers["gaussians.ply"] = lambda path: write_mixture_ply(path, mixtures["full"], **grid, overwrite=overwrite)
+    writers["gaussians.cif"] = lambda path: write_mixture_atoms(
+        path, mixtures["full"], len(shown), float(pixel_size_a), overwrite=overwrite
+    )
+    writers[chimerax.NAME] = lambda path: chimerax.write_view(
+        path, maps, pixel_size_a, mixtures["full"], "gaussians.cif", overwrite
+    )
     if curves:
         writers["fsc.csv"] = lambda path: write_csv(path, curves, overwrite, errors=True)
     if suite is not None:
         writers["fsc.xml"] = lambda path: write_xml(path, suite.curves[suite.final], "linear half maps", overwrite)
+    if scores is not None:
+        writers["particles.csv"] = lambda path: write_scores(path, scores, overwrite)
     drawn = _drawings(shown, pixel_size_a, curves, suite, rotations, metrics, volume_fit)
     writers |= {
         name: lambda path, draw=draw: figures.save(draw(), path, overwrite=overwrite) for name, draw in drawn.items()

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from cryosplat import distributed
-from cryosplat.config import save_config
+from cryosplat.config import resolve_path, save_config
 from cryosplat.evaluation import Evaluation, particle_example
+from cryosplat.files import sha256_of
 from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.linearmaps import LinearMaps
 from cryosplat.metrics import read_metrics, read_volume_fit
 from cryosplat.outputs import write_run_outputs
 from cryosplat.reconstruction import MODEL_NAMES
+from cryosplat.scores import Scores
 from cryosplat.settings import Config
 from cryosplat.trainer import Trainer
 
@@ -61,6 +63,7 @@ def write_products(
     evaluation: Evaluation,
     suite: FscSuite | None,
     summary: dict[str, Any],
+    scores: Scores | None = None,
 ) -> None:
     """Write all that a complete run has, and the settings it was completed with, over what is there.
 
@@ -90,8 +93,15 @@ def write_products(
         metrics=read_metrics(folder / "metrics.csv"),
         volume_fit=read_volume_fit(folder / "volume_fit.csv"),
         symmetry=config.model.symmetry,
+        scores=scores,
         overwrite=True,
     )
+
+
+def particle_file(config: Config) -> dict[str, str]:
+    """The entries of summary.json by which ``cryosplat export`` finds the particles again, and knows them."""
+    path = resolve_path(config, config.data.particles).absolute()
+    return {"particle_file": str(path), "particle_file_sha256": sha256_of(path)}
 
 
 def hardware(world: distributed.World) -> str:

@@ -13,10 +13,11 @@ class DataConfig:
     """Where the particles are and how they are read."""
 
     particles: str = ""  # .mrcs, .star, .cs or .txt
-    passthrough: str | None = None  # second .cs file with further columns of the same particles
+    passthrough: str | None = None  # further .cs files with columns of the same particles, separated by commas
     poses: str | None = None  # cryoDRGN's poses.pkl; none: those of the .star or .cs file
     ctf: str | None = None  # cryoDRGN's ctf.pkl, or NO_CTF; none: that of the .star or .cs file, if it has one
     datadir: str | None = None  # folder of the stacks that a .star or .cs names
+    prefix: str | None = None  # old=new: how names of stacks begin, and are to begin; several separated by commas
     indices: str | None = None  # subset of rows, .pkl or .npy of integers
     halves: str | None = None  # half set of every particle (0 or 1), .pkl or .npy; none: from the input or drawn
     first: int | None = None  # use only the first particles
@@ -28,11 +29,19 @@ class DataConfig:
     truth: str | None = None  # map to compare with, simulations only
     mask: str | None = None  # soft mask for FSC, 0 to 1; none: made from the linear half maps
     precision: str = "half"  # images in memory: half or single
-    cache: str = "auto"  # where they are held: auto, device (a GPU's own memory) or host
+    cache: str = "auto"  # where they are held: auto, device (a GPU's own memory), host or disk
     holdout: float = 0.0  # fraction of the images that nothing is trained on, to watch overfitting with
     null: str = "none"  # null test: phases (random beyond null_shell_a) or noise (no particle at all)
     null_shell_a: float | None = None  # A; null=phases: resolution from which on phases are random
     null_seed: int = 0  # of the random phases or noise
+
+
+@dataclass
+class CacheConfig:
+    """The cache of prepared images on the node's disk (data.cache=disk)."""
+
+    dir: str | None = None  # folder on a disk of the node; none: what SLURM_TMPDIR, TMPDIR or XDG_CACHE_HOME offer
+    max_gb: float | None = None  # GiB that all sets in it may take; none: as much as the disk has, but for a twentieth
 
 
 @dataclass
@@ -82,6 +91,7 @@ class TrainConfig:
 class MapsConfig:
     halves: bool = True  # train half a and half b beside the full model
     every: int = 1  # epochs between FSC evaluations; the last epoch always is one
+    particles: bool = True  # measure every particle against the other half's model at the end
 
 
 @dataclass
@@ -107,6 +117,7 @@ class Config:
 
     recipe: str = "default"  # what the defaults below are: default, random, images or paper
     data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     volume: VolumeConfig = field(default_factory=VolumeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -158,7 +169,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 CHOICES = {
     "recipe": tuple(RECIPES),
     "data.precision": ("half", "single"),
-    "data.cache": ("auto", "device", "host"),
+    "data.cache": ("auto", "device", "host", "disk"),
     "data.null": ("none", "phases", "noise"),
     "model.amplitudes": ("signed", "positive"),
     "model.start": ("map", "random"),
@@ -176,6 +187,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.holdout": (lambda value: 0 <= value <= 0.5, "a fraction of the images from 0 to 0.5"),
     "data.null_shell_a": (lambda value: value > 0, "a resolution above 0 A"),
     "data.null_seed": (lambda value: 0 <= value < 2**32, "0 to 4294967295"),
+    "cache.max_gb": (lambda value: value > 0, "more than 0 GiB"),
     "model.gaussians": (lambda value: value >= 1, "at least 1"),
     "model.spread": (lambda value: 0 < value <= 0.5, "a fraction of the box above 0 and at most 0.5"),
     "model.scale_min": (lambda value: value > 0, "a fraction of the box above 0"),
@@ -206,6 +218,9 @@ NO_CTF = "none"
 
 INPUTS = ("particles", "passthrough", "poses", "ctf", "datadir", "indices", "halves", "truth", "mask")
 """The settings under ``data`` that are paths."""
+
+LISTS = ("data.passthrough", "data.prefix")
+"""Settings that may be several words, separated by commas or, in YAML, a list."""
 
 WITH_POSES = (".star", ".cs")
 """Extensions of tables that may have poses of their own."""

@@ -25,7 +25,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from cryosplat import distributed
+from cryosplat import distributed, progress
 from cryosplat.backprojection import LinearHalf
 from cryosplat.descent import Descent
 from cryosplat.errors import InputError, Interrupted
@@ -187,8 +187,10 @@ def fit(
     if kept is not None:
         descent.load_state(kept)
         logger.info("%s: its fit in the volume goes on after step %d", problem.name, descent.steps)
+    progress.stage(f"fitting {problem.name.replace('_', ' ')}", volume.steps, "steps", descent.steps)
     while descent.steps < volume.steps:
         descent.step()
+        progress.at(descent.steps)
         if keeper is not None:
             keeper.after_step(problem.name, descent.state, last=descent.steps == volume.steps)
     gains, held_out_gains = descent.gains(problem.name)
@@ -236,6 +238,8 @@ def fit_all(
                     done[m] = fit(problem, *settings, world.device, keeper)
             return done
         finally:
+            if world.size > 1:
+                progress.stage("waiting for the fits of other ranks")
             distributed.wait_for_main(world)  # and for every other rank: fits may take longer than a collective waits
 
     done = distributed.together(fit_mine, world)
