@@ -13,7 +13,7 @@ from torch import Tensor
 from cryosplat.batches import Batch, Chosen, Courier, to_device
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.fingerprints import NUMBERS
-from cryosplat.imageprep import IMAGES_PER_READ, Prepared, Preparer, shells_of, training_box
+from cryosplat.imageprep import IMAGES_PER_READ, Prepared, Preparer, fourier_crop, shells_of, training_box
 from cryosplat.nulls import Null, null_shell
 from cryosplat.particles import ParticleTable
 from cryosplat.prefetch import CachedImages, DiskCourier, prepared_in_order
@@ -58,6 +58,9 @@ class ParticleDataset:
             their own while the batch before is at work; from the disk they are gathered a few batches ahead.
         kept: the images of the node, for "disk", which have been prepared already.
 
+    Attributes:
+        reach: the largest factor by which a projection stretches frequencies; 1 without magnifications.
+
     Raises:
         InputError: a non-finite or constant image (named), or a box larger than the stored one.
     """
@@ -84,13 +87,21 @@ class ParticleDataset:
         self._row = np.full(len(table), -1, dtype=np.int64)
         self._row[owned] = np.arange(len(owned))
         self._cropped = self.box < table.box
-        self._sign = 1.0 if invert else -1.0
+        self.invert = invert
         # What a batch has of every particle, on the device, so that a batch is a selection there.
         self._rows = torch.from_numpy(self._row).to(self.device)
         self._halves = torch.from_numpy(self.half).to(self.device)
-        self._rotations = torch.from_numpy(table.rotations).float().to(self.device)
+        projections = table.rotations if table.optics is None else table.optics.projections(table.rotations)
+        # No rotation of a checked table reaches farther than 1; a magnification may.
+        self.reach = 1.0
+        if projections is not table.rotations:
+            self.reach = float(np.linalg.norm(projections[:, :2], 2, (1, 2)).max())
+        self._rotations = torch.from_numpy(projections).float().to(self.device)
         self._shifts = (torch.from_numpy(table.shifts) * self.box).float().to(self.device)
         self._ctf = None if table.ctf is None else torch.from_numpy(table.ctf).float().to(self.device)
+        rest = None if table.optics is None else table.optics.rest
+        self._phases = None if rest is None else fourier_crop(torch.from_numpy(rest), self.box).to(self.device)
+        self._optics = None if rest is None else torch.from_numpy(table.optics.group).to(self.device)
         self._gain = torch.zeros(len(table), device=self.device)
         self._table, self._null = table, None
         if kept is not None:
@@ -135,8 +146,17 @@ class ParticleDataset:
         for h in (0, 1):
             mine = self.half == h
             level = deviation[mine & ~self._held_out].square().mean().sqrt()
-            gain[mine] = (self._sign * deviation[mine] / level).float()
+            gain[mine] = ((1 if self.invert else -1) * deviation[mine] / level).float()
         self._gain = gain.to(self.device)
+
+    def set_sign(self, invert: bool) -> None:
+        """Take all images, which are normalised, for white on dark or for dark on white."""
+        if invert != self.invert:
+            self.invert, self._gain = invert, -self._gain
+
+    def holds(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the particles ``ids`` (n,) this rank owns, bool (n,)."""
+        return self._row[ids] >= 0
 
     def make_null(
         self, kind: str, seed: int, same: np.ndarray, noise: np.ndarray, null_shell_a: float | None = None
@@ -208,6 +228,7 @@ class ParticleDataset:
             None if self._ctf is None else self._ctf[at],
             self._halves[at],
             chosen.ids,
+            None if self._phases is None else self._phases[self._optics[at]],
         )
 
     def in_file_order(self, ids: np.ndarray) -> np.ndarray:

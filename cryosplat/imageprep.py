@@ -1,6 +1,7 @@
 """What is done to every image by itself: background and noise level, transform, crop; and what it says of the noise.
 
-Nothing here depends on halves, sign, poses or other images, so what comes out can be kept and used again.
+Nothing here depends on halves, sign, poses or other images, so what comes out can be kept and used again: with the
+``digest`` of the optics, which corrects images for aberrations and undoes what was done with their CTF.
 """
 
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ class Preparer:
     @property
     def key(self) -> dict[str, int | str]:
         """All that prepared images depend on beside their pixels."""
-        return {"preparation": PREPARATION, "box": self._box, "precision": str(self.dtype)}
+        optics = self._table.optics
+        corrected = "" if optics is None else optics.digest(self._table.ctf)
+        return {"preparation": PREPARATION, "box": self._box, "precision": str(self.dtype), "optics": corrected}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -118,6 +121,9 @@ class Preparer:
         images = torch.from_numpy(raw).to(self.device)
         if not bool(torch.isfinite(images.sum())):  # or so large that the sum is not
             self._table.require_finite(raw, ids)
+        optics = self._table.optics
+        if optics is not None:
+            images = optics.restored(images, ids, self._table.ctf)
         background = images.flatten(1).index_select(1, self._at_corners)
         mean = background.mean(-1)
         deviation = torch.linalg.vector_norm(background.sub_(mean[:, None]), dim=-1).double()
@@ -129,7 +135,8 @@ class Preparer:
         power = torch.addcmul(noise[..., 0].square(), noise[..., 1], noise[..., 1]).flatten(1)
         power = power.new_zeros(len(ids), self.shells).index_add_(1, self._shells, power)
         spectra = torch.fft.rfft2(images, norm="ortho")
-        # Filters of the stored box (optical aberrations of a particle's group) belong here, before anything is cropped.
+        if optics is not None:
+            spectra = optics.corrected(spectra, ids)
         spectra = torch.view_as_real(fourier_crop(spectra, self._box)).mul_(gain.float()[:, None, None, None])
         self._require_range(spectra, ids)
         made.spectra.copy_(spectra)

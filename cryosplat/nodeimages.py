@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +27,12 @@ SAMPLE_BYTES = 4096
 
 
 def read_images(
-    config: Config, world: distributed.World, table: ParticleTable, plan: BatchPlan, cache: str
+    config: Config,
+    world: distributed.World,
+    table: ParticleTable,
+    plan: BatchPlan,
+    cache: str,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> ParticleDataset:
     """This rank's images, read and prepared; a collective.
 
@@ -37,6 +42,7 @@ def read_images(
         table: all particles.
         plan: which rank owns which of them.
         cache: where this rank holds them: "device", "host" or "disk".
+        progress: called with the number of this rank's images that are there so far.
 
     Raises:
         InputError: an image that cannot be used, or a cache folder that cannot be written to.
@@ -52,7 +58,7 @@ def read_images(
         kept = distributed.together(lambda: open_cache(config, world, table, ids) if on_disk else None, world)
         share = sharing.index(world.rank), len(sharing)
         distributed.together(lambda: fill(kept, *share) if on_disk else None, world)
-    where = {"device": world.device, "cache": cache, "kept": kept}
+    where = {"device": world.device, "cache": cache, "kept": kept, "progress": progress}
     return distributed.together(
         lambda: ParticleDataset(table, owned, config.data.box, table.invert, config.data.precision, **where), world
     )

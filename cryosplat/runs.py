@@ -15,6 +15,7 @@ from cryosplat.files import remove_unfinished
 from cryosplat.runlock import NAME as LOCK
 from cryosplat.runlock import RunLock
 from cryosplat.settings import Config
+from cryosplat.status import NAME as STATUS
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +28,16 @@ MAY_CHANGE = (
     "train.threads",
     "train.log_every",
     "maps.every",
+    "maps.particles",
     "checkpoint",
     "distributed",
     "resume",
     "run_dir",
 )
 """Settings that do not change what a run computes, so that it may be resumed with others."""
+
+HALVES = "halves.npy"
+"""The half of every particle, as ``data.halves`` takes it."""
 
 JOBS = "jobs"
 """Folder of launch/submit.py in a run directory: its logs and the code that it runs. It alone makes no run."""
@@ -81,7 +86,7 @@ def find_run(config: Config) -> Path | None:
 
 def _is_no_run(path: Path) -> bool:
     """Whether it is what submitting has put there, or a process that was killed before the run began."""
-    return path.name in (JOBS, LOCK) or path.name.startswith(".")
+    return path.name in (JOBS, LOCK, STATUS) or path.name.startswith(".")
 
 
 def open_run(config: Config, lock: RunLock) -> RunState:
@@ -129,7 +134,7 @@ def begin_run(config: Config, run: RunState, lock: RunLock) -> None:
 
 def give_up_run(run: RunState, lock: RunLock) -> None:
     """Take away a run that was begun and is refused after all, with settings that are to be mended."""
-    for path in [*run.checkpoints.glob("*.pt"), run.folder / "config.yaml"]:
+    for path in [*run.checkpoints.glob("*.pt"), run.folder / HALVES, run.folder / "config.yaml"]:
         path.unlink(missing_ok=True)
     lock.release()
     for folder in (run.checkpoints, run.folder):

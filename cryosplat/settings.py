@@ -4,16 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cryosplat.pointgroups import KNOWN as KNOWN_GROUPS
+from cryosplat.pointgroups import canonical
+
 
 @dataclass
 class DataConfig:
     """Where the particles are and how they are read."""
 
     particles: str = ""  # .mrcs, .star, .cs or .txt
-    passthrough: str | None = None  # second .cs file with further columns of the same particles
+    passthrough: str | None = None  # further .cs files with columns of the same particles, separated by commas
     poses: str | None = None  # cryoDRGN's poses.pkl; none: those of the .star or .cs file
     ctf: str | None = None  # cryoDRGN's ctf.pkl, or NO_CTF; none: that of the .star or .cs file, if it has one
     datadir: str | None = None  # folder of the stacks that a .star or .cs names
+    prefix: str | None = None  # old=new: how names of stacks begin, and are to begin; several separated by commas
     indices: str | None = None  # subset of rows, .pkl or .npy of integers
     halves: str | None = None  # half set of every particle (0 or 1), .pkl or .npy; none: from the input or drawn
     first: int | None = None  # use only the first particles
@@ -52,6 +56,7 @@ class ModelConfig:
     scale_min: float = 0.004
     scale_max: float = 0.05
     cutoff: float = 3.5  # standard deviations drawn in images; relative L2 error of an image 2e-3
+    symmetry: str = "C1"  # point group of the particle, in RELION's axes; C1: none
 
 
 @dataclass
@@ -86,6 +91,7 @@ class TrainConfig:
 class MapsConfig:
     halves: bool = True  # train half a and half b beside the full model
     every: int = 1  # epochs between FSC evaluations; the last epoch always is one
+    particles: bool = True  # measure every particle against the other half's model at the end
 
 
 @dataclass
@@ -186,6 +192,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.spread": (lambda value: 0 < value <= 0.5, "a fraction of the box above 0 and at most 0.5"),
     "model.scale_min": (lambda value: value > 0, "a fraction of the box above 0"),
     "model.scale_max": (lambda value: value <= 0.5, "a fraction of the box, at most 0.5"),
+    "model.symmetry": (lambda value: canonical(value) is not None, KNOWN_GROUPS),
     "model.cutoff": (lambda value: 2 <= value <= 8, "2 to 8 standard deviations"),
     "train.epochs": (lambda value: value >= 0, "0 or more"),
     "volume.steps": (lambda value: value >= 0, "0 or more"),
@@ -211,6 +218,9 @@ NO_CTF = "none"
 
 INPUTS = ("particles", "passthrough", "poses", "ctf", "datadir", "indices", "halves", "truth", "mask")
 """The settings under ``data`` that are paths."""
+
+LISTS = ("data.passthrough", "data.prefix")
+"""Settings that may be several words, separated by commas or, in YAML, a list."""
 
 WITH_POSES = (".star", ".cs")
 """Extensions of tables that may have poses of their own."""

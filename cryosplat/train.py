@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from cryosplat import checkpoint, distributed, fitkeeping, interruption, start
+from cryosplat import checkpoint, distributed, fitkeeping, interruption, progress, start
 from cryosplat.backprojection import LinearHalf
 from cryosplat.config import check_files, load_config
 from cryosplat.ending import ending
@@ -23,15 +23,17 @@ from cryosplat.evaluation import Evaluation, evaluate, read_comparison
 from cryosplat.fitkeeping import FitKeeper
 from cryosplat.fscsuite import FscSuite
 from cryosplat.gaussians import GaussianMixture
+from cryosplat.halves import save_halves
 from cryosplat.holdout import HoldOut
 from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.particles import ParticleTable, read_particles
+from cryosplat.particlescores import score_particles
 from cryosplat.preparation import Preparation
-from cryosplat.products import half_map_curves, hardware, log_evaluation, write_products
+from cryosplat.products import half_map_curves, hardware, log_evaluation, particle_file, write_products
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runlock import RunLock
-from cryosplat.runs import RunState, begin_run, give_up_run, open_run
+from cryosplat.runs import HALVES, RunState, begin_run, give_up_run, open_run
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
 from cryosplat.trainer import Report, Trainer
@@ -71,7 +73,8 @@ def _train(config: Config, world: distributed.World, watch: interruption.Watch, 
     if run.summary is not None:
         logger.info("%s: the run is complete; nothing to do", run.folder)
         return run.summary
-    return Run(config, world, run, watch, lock).train()
+    with progress.shown(run.folder, listens=world.is_main):
+        return Run(config, world, run, watch, lock).train()
 
 
 class Run:
@@ -99,9 +102,10 @@ class Run:
         self.memory = distributed.together(lambda: plan_memory(config, table, plan, world, free, grids), world)
         distributed.doing("reading images")
         self.images = images = distributed.together(lambda: self._read_images(table, plan), world)
-        dataset = images.dataset
         self._go_if_asked("nothing is to be saved yet")
         images.share_statistics()
+        table, plan, dataset = images.table, images.plan, images.dataset
+        images.find_sign(run.state)
         self.comparison = distributed.together(
             lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
         )
@@ -113,7 +117,7 @@ class Run:
             self._resume()
         else:
             self.trainer = Trainer(world, table, dataset, plan, self._see(self._mixture(None)), settings)
-            self._resume() or self.trainer.set_scale(config.data.check_sign)
+            self._resume() or self.trainer.set_scale()
             # After the grey scale was set: the null's mixtures then move as those of the real images do.
             distributed.together(images.make_null, world)
             self._back_project()
@@ -124,9 +128,13 @@ class Run:
         """Make the run directory of a new run, if it is not made yet."""
         begun, self.begun = self.begun, True
         if not begun:
-            distributed.together(
-                lambda: begin_run(self.config, self.run, self.lock) if self.world.is_main else None, self.world
-            )
+            distributed.together(lambda: self._make_folder() if self.world.is_main else None, self.world)
+
+    def _make_folder(self) -> None:
+        begin_run(self.config, self.run, self.lock)
+        table = self.images.table
+        if self.config.maps.halves:
+            save_halves(self.run.folder / HALVES, table.half, table.rows, table.listed)
 
     def train(self) -> dict[str, Any]:
         """Train, evaluate and save by epochs, then write the products; returns the summary."""
@@ -137,6 +145,7 @@ class Run:
             if self.fit_gains:
                 monitor.volume_fit(self.fit_gains)
                 distributed.together(lambda: self._save(monitor), self.world)  # what comes next may be cut short
+            self._say_training()
             while not trainer.finished:
                 trainer.run_epoch(
                     lambda report: self._report(report, monitor), lambda looked: self._after_step(looked, monitor)
@@ -145,6 +154,7 @@ class Run:
                     self._measure(monitor)
                     evaluation = self._evaluate(monitor)
                     distributed.wait_for_main(self.world)
+                    self._say_training()
                 distributed.together(lambda: self._save(monitor), self.world)
                 if not trainer.finished:  # then what is left takes no longer than to begin again
                     self._go_if_asked(self._saved())
@@ -156,9 +166,11 @@ class Run:
                     evaluation = self._evaluate(monitor)
                 suite = half_map_curves(self.linear, evaluation, trainer.reconstruction.pixel_size_a)
             distributed.wait_for_main(self.world)
+            scores = score_particles(config, trainer.reconstruction, trainer.table, self.images, self.world)
             summary = self._summary(evaluation, suite)
             if self.world.is_main:
-                write_products(config, self.run.folder, trainer, evaluation, suite, summary)
+                progress.stage("writing maps and figures")
+                write_products(config, self.run.folder, trainer, evaluation, suite, summary, scores)
         return summary
 
     def _read_table(self) -> ParticleTable:
@@ -241,11 +253,17 @@ class Run:
         if not self.world.is_main:
             return NullMonitor()
         step = self.trainer.progress.step
-        monitor = Monitor(self.run.folder, self.trainer.total_steps, step, self.run.resumed)
+        preface = () if self.run.resumed else (self.trainer.table.half_origin, self.images.sign.words)
+        monitor = Monitor(self.run.folder, self.trainer.total_steps, step, self.run.resumed, preface=preface)
         if not self.run.resumed:
             monitor.text("run/config", f"```yaml\n{OmegaConf.to_yaml(OmegaConf.structured(self.config))}```")
             monitor.text("run/hardware", hardware(self.world))
         return monitor
+
+    def _say_training(self) -> None:
+        trainer = self.trainer
+        if not trainer.finished:
+            progress.stage("training", trainer.total_steps, "steps", trainer.progress.step)
 
     def _report(self, report: Report, monitor) -> None:
         self.images_trained += report.images
@@ -291,6 +309,7 @@ class Run:
         """Rank 0 alone; the others wait for it."""
         if not self.world.is_main:
             return None
+        progress.stage("evaluating")
         trainer = self.trainer
         evaluation = evaluate(trainer.reconstruction, self.comparison, self.linear)
         log_evaluation(monitor, trainer, evaluation)
@@ -309,6 +328,7 @@ class Run:
             "half": torch.from_numpy(self.trainer.plan.half),
             "held_out": torch.from_numpy(self.trainer.plan.held_out),
             "config": OmegaConf.to_yaml(OmegaConf.structured(self.config)),
+            "sign": self.images.sign.state(),
             "seconds": self._seconds(),
         }
         checkpoint.save(self.run.checkpoints, self.trainer.progress.step, state, self.config.checkpoint.keep)
@@ -324,7 +344,7 @@ class Run:
         }
 
     def _summary(self, evaluation: Evaluation | None, suite: FscSuite | None) -> dict[str, Any]:
-        trainer, seconds = self.trainer, self._seconds()
+        trainer, seconds, agreement = self.trainer, self._seconds(), self.images.agreement
         mine = time.process_time(), peak_memory_gib(self.world.device), self.waited_seconds
         ranks = distributed.gather_objects(mine, self.world)
         summary = {
@@ -332,8 +352,10 @@ class Run:
             "particles": trainer.plan.particles,
             "held_out": int(trainer.plan.held_out.sum()),
             "images_in_both_halves": self.images.shared,
-            "gaussians": trainer.reconstruction.mixture.counts[0],
-            "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.counts, strict=False)),
+            "gaussians": trainer.reconstruction.mixture.drawn[0],
+            "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.drawn, strict=False)),
+            "symmetry": self.config.model.symmetry,
+            "symmetric_share": agreement.share if agreement else None,
             "box": trainer.reconstruction.box,
             "pixel_size_a": round(trainer.reconstruction.pixel_size_a, 6),  # what float32 files carry
             "world_size": self.world.size,
@@ -347,11 +369,16 @@ class Run:
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
+            **(particle_file(self.config) if self.world.is_main else {}),
+            "invert": self.images.sign.invert,
+            "sign_certainty": self.images.sign.certainty,
+            "halves_from": trainer.table.half_from if self.config.maps.halves else None,
             "halves": trainer.table.half_origin if self.config.maps.halves else None,
             "run_dir": str(self.run.folder),
         }
         if suite is not None:
-            summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
+            said = agreement and agreement.warning(self.config.model.symmetry)
+            summary |= {"warnings": [*suite.warnings, *([said] if said else [])], "anisotropy": suite.anisotropy}
         return distributed.broadcast_object(summary, self.world)
 
 

@@ -207,8 +207,8 @@ def test_without_ctf_the_pixel_size_is_asked_for_or_found_in_the_files(tmp_path,
     names = [f"{image + 1}@particles.mrcs" for image in range(6)]
     write_star(tmp_path / "p.star", names, DetectorPixelSize=[5.0] * 6, Magnification=[38168] * 6)
     assert load(tmp_path, **{**keys, "particles": "p.star"}).pixel_size_a == pytest.approx(1.309998)
-    write_star(tmp_path / "p.star", names, ImagePixelSize=[1.0, 1.0, 1.0, 1.1, 1.0, 1.0])
-    with pytest.raises(InputError, match=r"A/px from 1 to 1\.1"):
+    write_star(tmp_path / "p.star", names, ImagePixelSize=[1.0, 1.0, 1.0, 1.3, 1.0, 1.0])
+    with pytest.raises(InputError, match=r"A/px from 1 to 1\.3"):
         load(tmp_path, **{**keys, "particles": "p.star"})
     with caplog.at_level(logging.WARNING, logger="cryosplat"):
         load(tmp_path, **{**keys, "particles": "p.star", "ctf": "ctf.pkl"})
