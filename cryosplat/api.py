@@ -13,8 +13,8 @@ from cryosplat import fsc as _fsc
 from cryosplat import ops
 from cryosplat.config import check_files, load_config
 from cryosplat.errors import InputError
-from cryosplat.exporting import export_mixture
 from cryosplat.fsc import FscCurve, Resolution, resolution
+from cryosplat.gaussianfiles import export_mixture
 from cryosplat.gaussians import VOXEL_CUTOFF, mixture_to_map
 from cryosplat.outputs import read_mixture
 from cryosplat.particles import ParticleTable, read_particles

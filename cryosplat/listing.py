@@ -28,6 +28,11 @@ _CS_COLUMNS = (
     "ctf/cs_mm",
     "ctf/amp_contrast",
     "ctf/phase_shift_rad",
+    "ctf/tilt_A",
+    "ctf/shift_A",
+    "ctf/trefoil_A",
+    "ctf/tetra_A",
+    "ctf/anisomag",
 )
 
 
@@ -208,6 +213,8 @@ def _image_numbers(path: Path, values: list[str]) -> np.ndarray:
     def convert():
         nonlocal row
         for value in values:
+            if "_" in value or not value.isascii():  # which Python would read
+                raise ValueError
             yield int(value)
             row += 1
 

@@ -123,6 +123,7 @@ class Monitor:
         learning_rate: float,
         images_per_second: float,
         memory: Mapping[str, float],
+        waiting: float,
     ) -> None:
         """Log a step.
 
@@ -133,8 +134,10 @@ class Monitor:
             learning_rate: of this step.
             images_per_second: over all ranks, since the last logged step.
             memory: GiB, as ``peak_memory_gib`` gives it.
+            waiting: share of the time since the last logged step in which rank 0 waited for images.
         """
         row = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "images_per_second": images_per_second}
+        row["waiting"] = round(waiting, 4)
         row |= {f"loss_{name}": value for name, value in losses.items()}
         row |= {f"{name}_gib": value for name, value in memory.items()}
         row["seconds"] = round(time.monotonic() - self._clock_zero, 3)
@@ -143,6 +146,7 @@ class Monitor:
             self._metrics.flush()
         scalars = {f"loss/{name}": value for name, value in losses.items()}
         scalars |= {"train/learning_rate": learning_rate, "throughput/images_per_second": images_per_second}
+        scalars["throughput/waiting"] = waiting
         scalars |= {f"memory/{name}(GiB)": value for name, value in memory.items()}
         self._scalars(scalars, step)
         loss = losses.get("full", next(iter(losses.values()), float("nan")))

@@ -28,6 +28,8 @@ from cryosplat.errors import InputError
 from cryosplat.halves import assign_halves, first_copies, hold_out
 from cryosplat.images import ImageReader, StackHeader, read_header
 from cryosplat.listing import Listing, read_listing
+from cryosplat.optics import Optics, read_optics
+from cryosplat.opticsnotes import corrections, warnings
 from cryosplat.settings import NO_CTF, DataConfig
 from cryosplat.stackpaths import resolve_stacks
 from cryosplat.unpickle import read_integers
@@ -37,6 +39,14 @@ _LOG = logging.getLogger("cryosplat")
 CALIBRATION_TOLERANCE = 1e-2
 """Relative difference of A/px between files from which it is more than a calibration of the microscope."""
 
+PLAUSIBLE_A = (0.01, 1000.0)
+"""Least and greatest A/px that is no mistake."""
+
+
+LARGEST_SPREAD = 0.1
+"""Relative difference of A/px from their mean up to which images of several A/px make one map: a projection is scaled,
+images are not resampled. Their grey levels are taken for equal, though physics makes them differ by twice as much."""
+
 
 @dataclass(frozen=True, eq=False)
 class ParticleTable:
@@ -45,11 +55,11 @@ class ParticleTable:
     Attributes:
         images: where the pixels are.
         box: px, size D of the stored images.
-        pixel_size_a: A/px of the stored images.
-        rotations: (N, 3, 3) float64, x_image = R x_volume.
+        pixel_size_a: A/px of the map in the stored box, and of the images but for those of other optics groups.
+        rotations: (N, 3, 3) float64, x_image = R x_volume, without magnification.
         shifts: (N, 2) float64, fractions of the box, cryoDRGN's sign (see conventions).
         ctf: (N, 7) float64, or None for images without a CTF: defocus U and V (A), astigmatism angle (rad),
-            voltage (kV), Cs (mm), amplitude contrast, phase shift (rad).
+            voltage (kV), Cs (mm), amplitude contrast, phase shift (rad); with the aberrations that these can hold.
         half: (N,) int8, 0 for half a and 1 for half b.
         half_origin: a sentence that says where the halves come from.
         half_from: "column" of the input, "file" (data.halves), or drawn by "micrograph" or "particle".
@@ -59,6 +69,7 @@ class ParticleTable:
         held_out: (N,) bool, images that nothing may be trained on and no statistic be taken from.
         invert: true for particles white on dark, as far as the input says; the images have the last word (``sign``).
         sign_origin: what says so: "data.invert", or a column of the file; empty if nothing does.
+        optics: what else is known of the optics, or None if there is nothing else.
     """
 
     images: ImageReader
@@ -76,6 +87,7 @@ class ParticleTable:
     sign_origin: str = ""
     half_from: str = ""
     listed: int = 0
+    optics: Optics | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,8 +140,14 @@ def read_particles(
     rows = select_rows(config, root, listing)
     images, headers = open_images(listing, rows, folders, config.prefix)
     ctf, pixel_size_a = _read_ctf(config, root, listing, rows, images.box)
-    pixel_size_a = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
+    pixel_size_a, sizes = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
+    pixel_size_a = _plausible(pixel_size_a, listing)
     rotations, shifts = _read_poses(config, root, listing, rows, images.box, pixel_size_a)
+    optics = read_optics(listing, rows, images.box, pixel_size_a, sizes, ctf)
+    for note in corrections(optics):
+        _LOG.info("%s: %s", listing.path, note)
+    for note in warnings(listing, rows, images.box, pixel_size_a, ctf):
+        _LOG.warning("%s: %s", listing.path, note)
     halves, poses = _path(root, config.halves), _path(root, config.poses)
     half, half_from, half_origin = assign_halves(listing, rows, halves, seed, half_maps, poses)
     invert, sign_origin = _invert(config.invert, listing, rows)
@@ -139,7 +157,7 @@ def read_particles(
         pixel_size_a=pixel_size_a,
         rotations=rotations,
         shifts=shifts,
-        ctf=ctf,
+        ctf=ctf if ctf is None or optics is None else optics.ctf(ctf),
         half=half,
         half_origin=half_origin,
         half_from=half_from,
@@ -149,6 +167,7 @@ def read_particles(
         held_out=hold_out(listing, rows, half, config.holdout, seed),
         invert=invert,
         sign_origin=sign_origin,
+        optics=optics,
     )
 
 
@@ -300,8 +319,13 @@ def _check_count(path: Path, what: str, values: np.ndarray, listing: Listing, ro
 
 def _pixel_size(
     asked: float | None, from_ctf: float | None, listing: Listing, rows: np.ndarray, headers: list[StackHeader]
-) -> float:
-    """A/px of the stored images: from ``data.ctf``, else ``data.pixel_size``, else the listing, else the stacks."""
+) -> tuple[float, np.ndarray | None]:
+    """A/px of the stored images: from ``data.ctf``, else ``data.pixel_size``, else the listing, else the stacks.
+
+    Returns:
+        It, and where the listing has several, which are near each other, the A/px (n,) of each image. It is then that
+        of the most images, the smaller one of two.
+    """
     if asked is not None and not 0 < asked < np.inf:
         raise InputError(f"data.pixel_size is {asked}; it must be positive (A/px of the stored images)")
     listed = _listed_pixel_sizes(listing, rows, headers[0].box)
@@ -312,14 +336,20 @@ def _pixel_size(
                 "data.pixel_size, or mend the file"
             )
         _warn_of_other_pixel_size(from_ctf, "data.ctf", listing, listed)
-        return from_ctf
-    if listed is not None:
-        _require_one_pixel_size(listing, rows, listed)
+        return from_ctf, None
+    if listed is not None and np.ptp(listed) > PIXEL_SIZE_TOLERANCE * listed[0]:
+        _require_near_pixel_sizes(asked, listing, rows, listed)
+        sizes, count = np.unique(listed.round(6), return_counts=True)
+        return float(sizes[np.argmax(count)]), listed
     if asked is not None:
         _warn_of_other_pixel_size(asked, "data.pixel_size", listing, listed)
-        return asked
+        return asked, None
     if listed is not None:
-        return round(float(listed[0]), 6)
+        return round(float(listed[0]), 6), None
+    return _pixel_size_of_headers(listing, headers), None
+
+
+def _pixel_size_of_headers(listing: Listing, headers: list[StackHeader]) -> float:
     sizes = np.array([header.pixel_size_a for header in headers])
     # 1 A/px is what programs write into the header of a stack when they do not know.
     if ((sizes > 0) & (np.abs(sizes - 1) > 1e-6) & np.isfinite(sizes)).all():
@@ -329,6 +359,15 @@ def _pixel_size(
             )
         return round(float(sizes[0]), 6)
     raise InputError(f"{listing.path}: neither it nor its stacks give the A/px; set data.pixel_size")
+
+
+def _plausible(pixel_size_a: float, listing: Listing) -> float:
+    if PLAUSIBLE_A[0] <= pixel_size_a <= PLAUSIBLE_A[1]:
+        return pixel_size_a
+    raise InputError(
+        f"{listing.path}: its images have {pixel_size_a:.6g} A/px, by its columns, the headers of its stacks, data.ctf "
+        f"or data.pixel_size; expected {PLAUSIBLE_A[0]:g} to {PLAUSIBLE_A[1]:g}. Is it in other units?"
+    )
 
 
 def _listed_pixel_sizes(listing: Listing, rows: np.ndarray, box: int) -> np.ndarray | None:
@@ -346,11 +385,14 @@ def _listed_pixel_sizes(listing: Listing, rows: np.ndarray, box: int) -> np.ndar
     return rescaled_pixel_size(sizes, listing.box[rows], box)
 
 
-def _require_one_pixel_size(listing: Listing, rows: np.ndarray, sizes: np.ndarray) -> None:
-    if np.ptp(sizes) <= PIXEL_SIZE_TOLERANCE * sizes[0]:
+def _require_near_pixel_sizes(asked: float | None, listing: Listing, rows: np.ndarray, sizes: np.ndarray) -> None:
+    near = np.abs(sizes / sizes.mean() - 1).max() <= LARGEST_SPREAD
+    if near and asked is None:
         return
-    found = f"A/px from {sizes.min():.6g} to {sizes.max():.6g}"
-    message = f"{listing.path}: {found}; particles of one run must have the same A/px"
+    message = f"{listing.path}: A/px from {sizes.min():.6g} to {sizes.max():.6g}"
+    if near:
+        raise InputError(f"{message}, so that data.pixel_size={asked:g} cannot stand for all; leave it out")
+    message += f"; particles of one run must have the same A/px to {LARGEST_SPREAD:.0%} of the mean"
     columns = listing.columns
     if columns is not None and columns.group is not None:
         groups, first = np.unique(columns.group[rows], return_index=True)
@@ -359,7 +401,7 @@ def _require_one_pixel_size(listing: Listing, rows: np.ndarray, sizes: np.ndarra
             for group, place in zip(groups.tolist(), first.tolist(), strict=True)
         ]
         message += f"; optics groups: {', '.join(words)}"
-    raise InputError(f"{message}. Choose those of one A/px with data.indices, or resample all stacks to one A/px")
+    raise InputError(f"{message}. Choose those of near A/px with data.indices, or resample all stacks to one A/px")
 
 
 def _warn_of_other_pixel_size(pixel_size_a: float, source: str, listing: Listing, listed: np.ndarray | None) -> None:

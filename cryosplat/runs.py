@@ -21,12 +21,14 @@ logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "data.cache",
+    "cache",
     "train.micro_batch",
     "train.cuda_graph",
     "train.device",
     "train.threads",
     "train.log_every",
     "maps.every",
+    "maps.particles",
     "checkpoint",
     "distributed",
     "resume",

@@ -22,7 +22,7 @@ BOX = 24
 def log_step(monitor, step, loss=None, halves=True):
     loss = 1 / step if loss is None else loss
     losses = {"full": loss, "half_a": loss + 0.1, "half_b": loss + 0.2} if halves else {"full": loss}
-    monitor.step(step, step // 10, losses, 1e-3, 812.5, {"cpu_max_rss": 1.5, "gpu_max_reserved": 0.25})
+    monitor.step(step, step // 10, losses, 1e-3, 812.5, {"cpu_max_rss": 1.5, "gpu_max_reserved": 0.25}, 0.125)
 
 
 def log_evaluation(monitor, step, box=BOX, truth=True, names_of_maps=("map", "mixture")):
@@ -63,6 +63,7 @@ def test_every_tag_is_in_the_event_file_with_its_unit(tmp_path):
             "loss/half_b",
             "train/learning_rate",
             "throughput/images_per_second",
+            "throughput/waiting",
             "memory/cpu_max_rss(GiB)",
             "memory/gpu_max_reserved(GiB)",
             "resolution/calibrated_0.5(A)",
@@ -175,9 +176,9 @@ def test_a_line_that_a_kill_tore_is_not_read_and_is_gone_after_resuming(tmp_path
 
 def test_metrics_hold_every_column_and_nothing_for_what_there_is_not(tmp_path):
     with Monitor(tmp_path, 20) as monitor:
-        monitor.step(10, 0, {"full": 0.5}, 1e-3, 100.0, {"cpu_max_rss": 1.5})
+        monitor.step(10, 0, {"full": 0.5}, 1e-3, 100.0, {"cpu_max_rss": 1.5}, 0.0)
         line = (tmp_path / "metrics.csv").read_text().splitlines()[1]  # there while the run goes on
-    assert line.startswith("10,0,0.5,,,0.001,100.0,1.5,,")
+    assert line.startswith("10,0,0.5,,,0.001,100.0,0.0,1.5,,")
     metrics = read_metrics(tmp_path / "metrics.csv")
     assert tuple(metrics) == COLUMNS
     assert np.isnan(metrics["loss_half_a"][0]) and np.isnan(metrics["gpu_max_reserved_gib"][0])
@@ -192,7 +193,7 @@ def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path):
     run(tmp_path, [10, 20])
     whole = (tmp_path / "metrics.csv").read_text()
     (tmp_path / "metrics.csv").write_text(whole.replace("20,2,", "20,two,"))
-    with pytest.raises(InputError, match=r"metrics\.csv, line 3: expected 10 numbers"):
+    with pytest.raises(InputError, match=r"metrics\.csv, line 3: expected 11 numbers"):
         run(tmp_path, [30], start_step=20, resumed=True)
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="expected the columns step,epoch"):
@@ -251,7 +252,7 @@ from cryosplat.metrics import COLUMNS
 from cryosplat.monitor import Monitor
 logging.basicConfig(level=logging.INFO)
 if {what!r} == "metrics.csv":  # it has to fill before the event file does
-    rows = [",".join(COLUMNS)] + [f"{{step}},0,0.1234567890,,,,,,,1" for step in range(1, 651)]
+    rows = [",".join(COLUMNS)] + [f"{{step}},0,0.1234567890,,,,,,,,1" for step in range(1, 651)]
     pathlib.Path({run_dir!r}, "metrics.csv").write_text("\\n".join(rows) + "\\n")
 try:
     with Monitor({run_dir!r}, 10000, 650, resumed=True) as monitor:
