@@ -45,7 +45,7 @@ LAYERS = (
     ),
     ("status", "pseudoatoms", "chimerax"),
     ("distributed", "optimiser", "stepgraph", "halves", "alignments", "optics", "runs", "fsc"),
-    ("interruption", "opticsnotes", "progress"),
+    ("pixelsizes", "interruption", "opticsnotes", "progress"),
     ("fitkeeping", "descent"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
     ("figures", "fscsuite", "sectors"),
