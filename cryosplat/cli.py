@@ -167,6 +167,13 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=validation.run)
 
 
+def _report(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import report
+
+    report.add_arguments(parser)
+    parser.set_defaults(run=report.run)
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     from cryosplat import doctor
 
@@ -180,6 +187,7 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 _COMMANDS = {
     "train": ("reconstruct a particle stack", _train),
     "validate": ("say what a run's resolution is worth, by null tests", _validate),
+    "report": ("a run on one HTML page", _report),
     "backproject": ("linear maps of a particle stack", _backproject),
     "simulate": ("make a particle stack with known truth", _simulate),
     "voxelise": ("map of a Gaussian mixture", _voxelise),

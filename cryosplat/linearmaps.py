@@ -61,6 +61,24 @@ class LinearMaps:
         inside = self.calibration.sums.inside
         return max(float(np.isinf(half.variance[inside]).mean()) for half in self.halves)
 
+    @cached_property
+    def sign(self) -> float:
+        """How sure the images are that density at the centre is positive, in standard errors."""
+        return _sign(self.halves)
+
+    @cached_property
+    def agreed_shells(self) -> int:
+        """Shells in which the half maps agree, with an FSC clear of its noise, on more than a round ball of density.
+
+        Images with wrong poses still make such a ball, averaged over all directions, the same from either half. So each
+        half map's mean over directions is taken off first.
+        """
+        left = (_without_ball(half.map) for half in self.halves)
+        curve = fsc(*left, self.pixel_size_a, self.mask).fsc
+        voxels = self.calibration.sums.voxels.sum(1) * float(np.mean(self.mask**2))  # independent ones under the mask
+        clear = np.maximum(RESOLUTION_THRESHOLD_HALF_MAPS, SIGNAL_CERTAINTY / np.sqrt(np.maximum(voxels, 1)))
+        return int((curve > clear)[1:].sum())
+
 
 def linear_maps(
     halves: tuple[LinearHalf, LinearHalf], pixel_size_a: float, mask: np.ndarray | None, mask_name: str
@@ -88,20 +106,13 @@ def linear_maps(
 def require_signal(maps: LinearMaps) -> None:
     """Check that the linear half maps agree on more than a ball of density in the middle.
 
-    Images with wrong poses still make one, averaged over all directions, the same from either half. So each half map's
-    mean over directions is taken off first.
-
     Raises:
-        InputError: what is left agrees in fewer than ``LEAST_SHELLS`` shells; with what to check.
+        InputError: they agree in fewer than ``LEAST_SHELLS`` shells; with what to check.
     """
-    left = (_without_ball(half.map) for half in maps.halves)
-    curve = fsc(*left, maps.pixel_size_a, maps.mask).fsc
-    voxels = maps.calibration.sums.voxels.sum(1) * float(np.mean(maps.mask**2))  # independent ones under the mask
-    clear = np.maximum(RESOLUTION_THRESHOLD_HALF_MAPS, SIGNAL_CERTAINTY / np.sqrt(np.maximum(voxels, 1)))
-    agreed = int((curve > clear)[1:].sum())
+    agreed, shells = maps.agreed_shells, len(maps.curve.fsc) - 1
     if agreed < LEAST_SHELLS:
         raise InputError(
-            f"beyond a round ball of density the linear half maps agree in {agreed} shells of {len(curve) - 1} (FSC "
+            f"beyond a round ball of density the linear half maps agree in {agreed} shells of {shells} (FSC "
             f"{RESOLUTION_THRESHOLD_HALF_MAPS}, clear of its noise): there is nothing that a mixture could be fitted "
             "to. Check that poses and CTF (data.poses, data.ctf, or the columns of data.particles) belong to this "
             "stack, row by row; that the rotations are not transposed; that A/px and box are those of these images; "
@@ -125,8 +136,7 @@ def require_sign(halves: tuple[LinearHalf, ...]) -> None:
     Raises:
         InputError: the images are clearly of the other sign.
     """
-    equations = [half.equations for half in halves]
-    certainty = sign_certainty(equations[0] + equations[1] if len(equations) == 2 else equations[0], SIGN_SPREAD)
+    certainty = _sign(halves)
     logger.info("sign of the data: %+.1f standard errors", certainty)
     if certainty < -SIGN_CERTAINTY:
         raise InputError(
@@ -134,6 +144,11 @@ def require_sign(halves: tuple[LinearHalf, ...]) -> None:
             "errors. Set data.invert to its opposite (true for particles white on dark), or data.check_sign=false if "
             "you know better"
         )
+
+
+def _sign(halves: tuple[LinearHalf, ...]) -> float:
+    equations = [half.equations for half in halves]
+    return sign_certainty(equations[0] + equations[1] if len(equations) == 2 else equations[0], SIGN_SPREAD)
 
 
 def _made(total: np.ndarray, pixel_size_a: float) -> tuple[np.ndarray, str]:
