@@ -8,7 +8,7 @@ from typing import Any
 from cryosplat.directional import ANISOTROPIC_BELOW, SIDE_VIEWS_EVENNESS
 from cryosplat.linearmaps import EMPTY_SHARE, LEAST_SHELLS, SIGN_CERTAINTY
 from cryosplat.records import Record
-from cryosplat.verdicts import FAIL, judge_halves, judge_holdout
+from cryosplat.verdicts import FAIL, Check, judge_halves, judge_holdout
 
 PROBLEM, REMARK = "problem", "remark"
 
@@ -146,7 +146,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of a kind in a run: a sentence with its numbers."""
+    """What was found of a kind in a run: sentences with its numbers."""
 
     kind: str
     found: str
@@ -173,40 +173,44 @@ def find(summary: Mapping[str, Any], folder: Path, null: str = "none") -> list[F
     silenced = {"direction", "sampling", "again", "sphere"} if "no_signal" in kinds else set()
     silenced |= {"sphere"} if "wrong_sign" in kinds else set()
     silenced |= {"direction"} if "orientation" in kinds else set()
-    return in_order(finding for finding in found if finding.kind not in silenced)
-
-
-def in_order(found: Iterable[Finding]) -> list[Finding]:
-    order = list(KINDS)
-    return sorted(found, key=lambda each: (each.words.level != PROBLEM, order.index(each.kind)))
+    together: dict[str, list[str]] = {kind: [] for kind in sorted(KINDS, key=lambda kind: KINDS[kind].level != PROBLEM)}
+    for finding in found:
+        together[finding.kind].append(_sentence(finding.found))
+    return [Finding(kind, " ".join(said)) for kind, said in together.items() if said and kind not in silenced]
 
 
 def as_records(found: Iterable[Finding]) -> list[dict[str, str]]:
     """As summary.json holds them, with all their words."""
     return [
-        {"kind": each.kind, "level": each.words.level, "title": each.words.title, "found": _sentence(each.found),
+        {"kind": each.kind, "level": each.words.level, "title": each.words.title, "found": each.found,
          "means": each.words.means, "do": each.words.do}
         for each in found
     ]  # fmt: skip
 
 
-def overfitting(summary: Mapping[str, Any], folder: Path) -> list[str]:
-    """What ``validate`` would hold against a run with held-out images; nothing of one without."""
+def of_holdout(summary: Mapping[str, Any], folder: Path) -> Check | None:
+    """What ``cryosplat validate`` would say of a run's held-out images; None of a run without."""
     if not (folder / "holdout.csv").exists():
-        return []
-    check = judge_holdout(Record(folder, dict(summary), {}), 0.0)
-    return [sentence.removeprefix(f"{FAIL}: ") for sentence in check.found if sentence.startswith(FAIL)]
+        return None
+    return judge_holdout(Record(folder, dict(summary), {}), summary["held_out"] / max(summary["particles"], 1))
+
+
+def overfitting(summary: Mapping[str, Any], folder: Path) -> list[str]:
+    """What ``cryosplat validate`` would hold against a run with held-out images."""
+    check = of_holdout(summary, folder)
+    said = check.found if check else []
+    return [sentence.removeprefix(f"{FAIL}: ") for sentence in said if sentence.startswith(FAIL)]
 
 
 def _of_data(summary: Mapping[str, Any], null: str) -> Iterator[Finding]:
     """What the images themselves tell."""
     if null != "none":
-        yield Finding("null", f"data.null={null}")
+        yield Finding("null", f"it was made with data.null={null}")
     shells, halves = summary.get("shells_of_signal"), summary.get("halves")
     if shells is not None and shells < LEAST_SHELLS:
         yield Finding("no_signal", f"beyond a round ball of density the linear half maps agree in {shells} shells")
     elif halves and "resolution_a" in summary and summary["resolution_a"] is None:
-        yield Finding("no_signal", "the calibrated FSC is nowhere above 0.5")
+        yield Finding("no_signal", "the calibrated FSC says nothing beyond the first shells")
     sign = summary.get("sign_standard_errors")
     if sign is not None and sign < -SIGN_CERTAINTY:
         yield Finding("wrong_sign", f"the images' correlation with density at the centre is {sign:.1f} standard errors")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cryosplat import __version__, distributed, figures, report
+from cryosplat import __version__, distributed, figures, findings, report
 from cryosplat.config import save_config
 from cryosplat.directional import view_evenness
 from cryosplat.evaluation import Evaluation, particle_example
@@ -127,6 +127,7 @@ def write_products(
     curves = dict(evaluation.curves)
     if suite is not None:
         curves |= {name: curve for name, curve in suite.curves.items() if name != "masked"}
+    check = findings.of_holdout(summary, folder)
     save_config(config, folder / "config.yaml")
     write_run_outputs(
         folder,
@@ -140,6 +141,7 @@ def write_products(
         pixel_size_a=trainer.reconstruction.pixel_size_a,
         metrics=read_metrics(folder / "metrics.csv"),
         volume_fit=read_volume_fit(folder / "volume_fit.csv"),
+        held_out=check.panels if check else (),
         overwrite=True,
     )
     report.write_report(folder, summary)

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from cryosplat import __version__, figures, findings
+from cryosplat import __version__, findings
 from cryosplat.config import config_differences, load_config
 from cryosplat.ending import angstrom
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
 from cryosplat.metrics import read_volume_fit
-from cryosplat.records import Record
 from cryosplat.runfiles import files_of
+from cryosplat.runlock import NAME as LOCK
 from cryosplat.settings import Config
-from cryosplat.verdicts import judge_holdout
 
 NAME, TEMPLATE = "report.html", "report.html.j2"
 
@@ -34,6 +33,7 @@ PICTURES = (
     "directional.png",
     "volume_fit.png",
     "loss.png",
+    "holdout.png",
 )
 """Figures of a run directory that the page shows, as far as they are there."""
 
@@ -77,10 +77,6 @@ def context(
     found = findings.as_records(findings.find(summary, folder, config.data.null))
     if pictures is None:
         pictures = {name: (folder / name).read_bytes() for name in PICTURES if (folder / name).is_file()}
-    pictures = dict(pictures)
-    if (folder / "holdout.csv").exists():
-        panels = judge_holdout(Record(folder, dict(summary), {}), config.data.holdout).panels
-        pictures["holdout"] = figures.as_png(figures.rasterise(figures.panels_figure(panels), figures.PAPER_DPI))
     return {
         "folder": folder.resolve(),
         "summary": summary,
@@ -94,7 +90,7 @@ def context(
         "settings": _changed(config),
         "all_settings": OmegaConf.to_yaml(OmegaConf.structured(config)),
         "again": _again(folder, summary),
-        "files": [(name, _size(size), meaning) for name, size, meaning in files_of(folder) if name != NAME],
+        "files": [(name, _size(size), meaning) for name, size, meaning in files_of(folder) if name not in (NAME, LOCK)],
         "written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "version": __version__,
     }
@@ -113,10 +109,19 @@ def _render(values: Mapping[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(values)
 
 
-def _resolutions(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Resolutions in words, by the stem of their keys in summary.json; of those that are there."""
-    names = ("resolution", "resolution_naive", "resolution_linear", "resolution_truth")
-    return {name: angstrom(summary, name) for name in names if summary.get(f"{name}_a") is not None}
+def _resolutions(summary: Mapping[str, Any]) -> dict[str, dict[str, str] | None]:
+    """Resolutions by the stem of their keys in summary.json, with their limits in words, and the number alone; None of
+    those that there are not."""
+    found: dict[str, dict[str, str] | None] = dict.fromkeys(
+        ("resolution", "resolution_naive", "resolution_linear", "resolution_truth")
+    )
+    for name in found:
+        if summary.get(f"{name}_a") is not None:
+            words = angstrom(summary, name).replace(" A", " Å").replace("+-", "±")
+            error = summary.get(f"{name}_error_a")
+            number = f"{summary[f'{name}_a']:.2f}" + (f" ± {error:.2f}" if error else "")
+            found[name] = {"words": words, "number": f"{number} Å"}
+    return found
 
 
 def _inline(picture: bytes) -> str:

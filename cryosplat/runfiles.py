@@ -26,6 +26,7 @@ MEANINGS = {
     "volume_fit.png": "the same as a figure",
     "loss.png": "losses in training image by image",
     "holdout.csv": "likelihood of the images kept aside, and of as many that were used",
+    "holdout.png": "the same as a figure",
     "summary.json": "the run in numbers, and what was found",
     "metrics.csv": "what was logged while images were trained on",
     "run.log": "messages of the run",
