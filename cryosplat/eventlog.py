@@ -1,5 +1,9 @@
 """TensorBoard's event files: tags with their units and meanings, a layout of charts, pictures now and then, and a bound
-on the bytes of it all."""
+on the bytes of it all.
+
+A unit stands at the end of a tag, as in ``memory/cpu_max_rss_GiB``: not in brackets, for TensorBoard's custom scalars
+take what is in brackets for the name of a run, and draw no curve.
+"""
 
 import contextlib
 import math
@@ -238,16 +242,16 @@ def of_mixtures(mixtures: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[
         scales, amplitudes = np.asarray(mixture["scales"]).ravel(), np.asarray(mixture["amplitudes"])
         numbers[f"gaussians/number_{model}"] = float(len(amplitudes))
         if model == "full":
-            numbers |= quantiles("gaussians/scale_full", scales, "(A)")
+            numbers |= quantiles("gaussians/scale_full", scales, "_A")
             numbers |= quantiles("gaussians/amplitude_full", amplitudes)
-        spread |= {f"gaussians/scale_{model}(A)": scales, f"gaussians/amplitude_{model}": amplitudes}
+        spread |= {f"gaussians/scale_{model}_A": scales, f"gaussians/amplitude_{model}": amplitudes}
     return numbers, spread
 
 
 def of_ranks(memory: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Memory of every rank by tag, from that of each by kind, GiB."""
     return {
-        f"memory/rank_{rank}_{kind}(GiB)": value
+        f"memory/rank_{rank}_{kind}_GiB": value
         for rank, of_rank in enumerate(memory)
         for kind, value in of_rank.items()
     }

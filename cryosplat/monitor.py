@@ -156,7 +156,7 @@ class Monitor:
             self._metrics.flush()
         scalars = {f"loss/{name}": value for name, value in losses.items()}
         scalars |= {"train/learning_rate": learning_rate, "throughput/images_per_second": images_per_second}
-        scalars |= {f"memory/{name}(GiB)": value for name, value in memory.items()}
+        scalars |= {f"memory/{name}_GiB": value for name, value in memory.items()}
         self._events.often(scalars, step)
         self._progress(step, epoch, losses, images_per_second)
 
@@ -185,7 +185,7 @@ class Monitor:
         """
         known = {name: value for name, value in resolutions.items() if value is not None}
         means = {name: mean_fsc(curve) for name, curve in curves.items() if np.isfinite(curve.fsc[1:]).any()}
-        self._events.scalars({f"resolution/{name}(A)": value for name, value in known.items()}, step)
+        self._events.scalars({f"resolution/{name}_A": value for name, value in known.items()}, step)
         self._events.scalars({f"fsc/mean_{name}": value for name, value in means.items()}, step)
         drawn = {"fsc/curves": figures.fsc_figure(curves)} if curves else {}
         for name, volume in maps.items():
