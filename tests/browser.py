@@ -21,7 +21,7 @@ ARTEFACTS = Path(__file__).resolve().parents[1] / "build" / "screenshots"
 """Where pictures of pages are left to be looked at; git ignores it."""
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-START_SECONDS, PAGE_SECONDS = 60, 60
+START_SECONDS, PAGE_SECONDS = 60, 40
 
 # All text that is drawn, also that of web components, which innerText leaves out.
 _WORDS = """(() => {
