@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cryosplat.directional import ANISOTROPIC_BELOW, SIDE_VIEWS_EVENNESS
-from cryosplat.linearmaps import EMPTY_SHARE, LEAST_SHELLS, SIGN_CERTAINTY
+from cryosplat.halves import DRAWN
+from cryosplat.linearmaps import EMPTY_SHARE, LEAST_SHELLS
 from cryosplat.records import Record
+from cryosplat.sign import CERTAINTY as SIGN_CERTAINTY
 from cryosplat.verdicts import FAIL, Check, judge_halves, judge_holdout
 
 PROBLEM, REMARK = "problem", "remark"
@@ -41,7 +43,8 @@ KINDS = {
         "Wrong sign: the molecule is darker than its surroundings",
         "The images have the opposite contrast to the one they were taken for, so density came out negative. The FSC "
         "does not see this; the map and the Gaussians are wrong all the same.",
-        "Set data.invert to its opposite and run again; leave data.check_sign at true, which stops such a run at once.",
+        "Leave data.invert out, and the sign is found from the images; and leave data.check_sign at true, which stops "
+        "such a run at once.",
     ),
     "leaked": Kind(
         "Leaked halves: the same images are in both halves",
@@ -211,15 +214,17 @@ def _of_data(summary: Mapping[str, Any], null: str) -> Iterator[Finding]:
         yield Finding("no_signal", f"beyond a round ball of density the linear half maps agree in {shells} shells")
     elif halves and "resolution_a" in summary and summary["resolution_a"] is None:
         yield Finding("no_signal", "the calibrated FSC says nothing beyond the first shells")
-    sign = summary.get("sign_standard_errors")
-    if sign is not None and sign < -SIGN_CERTAINTY:
-        yield Finding("wrong_sign", f"the images' correlation with density at the centre is {sign:.1f} standard errors")
+    sign, invert = summary.get("sign_certainty"), summary.get("invert")
+    if sign is not None and (sign if invert else -sign) < -SIGN_CERTAINTY:
+        taken, are = ("white on dark", "dark on white") if invert else ("dark on white", "white on dark")
+        found = f"the particles are {are} by {abs(sign):.1f} standard errors, and were taken for {taken}"
+        yield Finding("wrong_sign", f"{found} (data.invert={str(invert).lower()})")
     if summary.get("images_in_both_halves"):
         (sentence,) = judge_halves([summary["images_in_both_halves"]]).found
         yield Finding("leaked", sentence.removeprefix(f"{FAIL}: "))
     if "a sphere" in (summary.get("mask_origin") or ""):
         yield Finding("sphere", f"the mask is {summary['mask_origin']}")
-    if halves and "drawn" in halves:
+    if summary.get("halves_from") in DRAWN:
         yield Finding("drawn", halves)
 
 

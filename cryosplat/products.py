@@ -84,11 +84,7 @@ def circumstances(world: distributed.World, linear: LinearMaps | None, rotations
     """
     seen = {"view_evenness": round(view_evenness(rotations), 4)}
     if linear is not None:
-        seen |= {
-            "sign_standard_errors": round(linear.sign, 2),
-            "shells_of_signal": linear.agreed_shells,
-            "empty_share": linear.empty_share,
-        }
+        seen |= {"shells_of_signal": linear.agreed_shells, "empty_share": linear.empty_share}
     return seen | {
         "version": __version__,
         "packages": {name: metadata.version(name) for name in _PACKAGES},

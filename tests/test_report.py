@@ -316,12 +316,12 @@ def test_a_run_with_nothing_wrong_is_not_warned_of(good):
 
 SAID = {
     "no_signal": {"shells_of_signal": 2},
-    "wrong_sign": {"sign_standard_errors": -6.5},
+    "wrong_sign": {"sign_certainty": -6.5, "invert": True},
     "leaked": {"images_in_both_halves": 7},
     "orientation": {"view_evenness": 0.4, "anisotropy": 0.9},
     "empty": {"empty_share": 0.02},
     "sphere": {"mask_origin": "a sphere, because no molecule stands out in the linear map"},
-    "drawn": {"halves": "Halves were drawn by particle from seed 0; the poses may come from a refinement of both."},
+    "drawn": {"halves_from": "particle", "halves": "Halves were drawn by particle from seed 0; the poses may come from a refinement of both."},
 }
 """What a summary says of each kind that comes from it alone."""
 
@@ -350,7 +350,7 @@ def test_each_warning_has_its_kind(tmp_path, kind):
 
 def test_nothing_is_found_where_all_is_as_it_should_be(tmp_path):
     fine = {
-        "shells_of_signal": 30, "resolution_a": 3.2, "sign_standard_errors": 50.0, "images_in_both_halves": 0,
+        "shells_of_signal": 30, "resolution_a": 3.2, "sign_certainty": -50.0, "invert": False, "images_in_both_halves": 0,
         "view_evenness": 0.95, "anisotropy": 0.4, "empty_share": 0.0, "halves": "Halves are those of x.",
         "warnings": [], "mask_origin": "made from the linear map of both halves",
     }  # fmt: skip
