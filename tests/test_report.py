@@ -321,7 +321,10 @@ SAID = {
     "orientation": {"view_evenness": 0.4, "anisotropy": 0.9},
     "empty": {"empty_share": 0.02},
     "sphere": {"mask_origin": "a sphere, because no molecule stands out in the linear map"},
-    "drawn": {"halves_from": "particle", "halves": "Halves were drawn by particle from seed 0; the poses may come from a refinement of both."},
+    "drawn": {
+        "halves_from": "particle",
+        "halves": "Halves were drawn by particle from seed 0; the poses may come from a refinement of both.",
+    },
 }
 """What a summary says of each kind that comes from it alone."""
 
