@@ -30,6 +30,7 @@ MEANINGS = {
     "summary.json": "the run in numbers, and what was found",
     "metrics.csv": "what was logged while images were trained on",
     "run.log": "messages of the run",
+    "halves.npy": "the half of every particle, as it was drawn",
     "config.yaml": "every setting, defaults included",
     "tensorboard": "curves and pictures over time: tensorboard --logdir",
     "checkpoints": "where an interrupted run goes on from",

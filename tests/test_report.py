@@ -323,7 +323,7 @@ SAID = {
     "sphere": {"mask_origin": "a sphere, because no molecule stands out in the linear map"},
     "drawn": {
         "halves_from": "particle",
-        "halves": "Halves were drawn by particle from seed 0; the poses may come from a refinement of both.",
+        "halves": "Halves were drawn by particle from seed 0; the poses may come from both.",
     },
 }
 """What a summary says of each kind that comes from it alone."""
@@ -353,8 +353,9 @@ def test_each_warning_has_its_kind(tmp_path, kind):
 
 def test_nothing_is_found_where_all_is_as_it_should_be(tmp_path):
     fine = {
-        "shells_of_signal": 30, "resolution_a": 3.2, "sign_certainty": -50.0, "invert": False, "images_in_both_halves": 0,
-        "view_evenness": 0.95, "anisotropy": 0.4, "empty_share": 0.0, "halves": "Halves are those of x.",
+        "shells_of_signal": 30, "resolution_a": 3.2, "sign_certainty": -50.0, "invert": False,
+        "images_in_both_halves": 0, "view_evenness": 0.95, "anisotropy": 0.4, "empty_share": 0.0, 
+        "halves": "Halves are those of x.",
         "warnings": [], "mask_origin": "made from the linear map of both halves",
     }  # fmt: skip
     assert findings.find(fine, tmp_path) == []
