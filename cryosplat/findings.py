@@ -46,6 +46,12 @@ KINDS = {
         "Leave data.invert out, and the sign is found from the images; and leave data.check_sign at true, which stops "
         "such a run at once.",
     ),
+    "symmetry": Kind(
+        "Wrong symmetry: the molecule does not have the one that was imposed",
+        "What is not alike under the symmetry was averaged away; the map shows a molecule that does not exist.",
+        "Check the point group (model.symmetry) and that its axes lie where RELION has them; C1 asks for none.",
+        phrase="the images contradict symmetry",
+    ),
     "leaked": Kind(
         "Leaked halves: the same images are in both halves",
         "The half maps share noise, so they agree better than the data allow, and every resolution here is too good.",

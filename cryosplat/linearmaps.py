@@ -61,9 +61,10 @@ class LinearMaps:
         Images with wrong poses still make such a ball, averaged over all directions, the same from either half. So each
         half map's mean over directions is taken off first.
         """
-        left = (_without_ball(half.map) for half in self.halves)
+        left = (without_ball(half.map) for half in self.halves)
         curve = fsc(*left, self.pixel_size_a, self.mask).fsc
-        voxels = self.calibration.sums.voxels.sum(1) * float(np.mean(self.mask**2))  # independent ones under the mask
+        # Independent ones under the mask.
+        voxels = self.calibration.sums.voxels.sum(1) * float(np.mean(self.mask**2)) / self.halves[0].copies
         clear = np.maximum(RESOLUTION_THRESHOLD_HALF_MAPS, SIGNAL_CERTAINTY / np.sqrt(np.maximum(voxels, 1)))
         return int((curve > clear)[1:].sum())
 
@@ -109,7 +110,8 @@ def require_signal(maps: LinearMaps) -> None:
         )
 
 
-def _without_ball(volume: np.ndarray) -> np.ndarray:
+def without_ball(volume: np.ndarray) -> np.ndarray:
+    """A map (D, D, D) less its mean over directions."""
     shell = np.rint(radii(len(volume))).astype(np.int64).ravel()
     mean = np.bincount(shell, volume.ravel()) / np.maximum(np.bincount(shell), 1)
     return volume - mean[shell].reshape(volume.shape).astype(np.float32)

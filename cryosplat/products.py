@@ -15,15 +15,18 @@ import numpy as np
 import torch
 
 from cryosplat import __version__, distributed, figures, findings, report
-from cryosplat.config import save_config
+from cryosplat.config import resolve_path, save_config
 from cryosplat.directional import view_evenness
 from cryosplat.evaluation import Evaluation, particle_example
+from cryosplat.files import sha256_of
 from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.linearmaps import LinearMaps
 from cryosplat.metrics import read_metrics, read_volume_fit
 from cryosplat.outputs import write_run_outputs
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
+from cryosplat.scores import Scores
 from cryosplat.settings import Config
+from cryosplat.symmetry import point_group
 from cryosplat.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -75,14 +78,17 @@ def _mixtures(reconstruction: Reconstruction) -> dict[str, dict[str, np.ndarray]
     }
 
 
-def circumstances(world: distributed.World, linear: LinearMaps | None, rotations: np.ndarray) -> dict[str, Any]:
+def circumstances(
+    world: distributed.World, linear: LinearMaps | None, rotations: np.ndarray, symmetry: str
+) -> dict[str, Any]:
     """Entries of summary.json: what the images and their poses say by themselves, and where and how a run was made.
 
     Args:
         linear: of a run with halves.
         rotations: (N, 3, 3) of all particles.
+        symmetry: their point group.
     """
-    seen = {"view_evenness": round(view_evenness(rotations), 4)}
+    seen: dict[str, Any] = {"view_evenness": round(view_evenness(rotations, point_group(symmetry)), 4)}
     if linear is not None:
         seen |= {"shells_of_signal": linear.agreed_shells, "empty_share": linear.empty_share}
     return seen | {
@@ -101,7 +107,8 @@ def half_map_curves(linear: LinearMaps | None, evaluation: Evaluation | None, pi
     """All curves of the linear half maps; None without such maps, and on other ranks than the first."""
     if linear is None:
         return None
-    suite = fsc_suite(evaluation.maps["half_a"], evaluation.maps["half_b"], pixel_size_a, linear.mask)
+    halves, copies = (evaluation.maps["half_a"], evaluation.maps["half_b"]), linear.halves[0].copies
+    suite = fsc_suite(*halves, pixel_size_a, linear.mask, copies=copies)
     for warning in suite.warnings:
         logger.warning("linear half maps: %s", warning)
     return suite
@@ -114,6 +121,7 @@ def write_products(
     evaluation: Evaluation,
     suite: FscSuite | None,
     summary: dict[str, Any],
+    scores: Scores | None = None,
 ) -> None:
     """Write all that a complete run has, and the settings it was completed with, over what is there.
 
@@ -138,9 +146,17 @@ def write_products(
         metrics=read_metrics(folder / "metrics.csv"),
         volume_fit=read_volume_fit(folder / "volume_fit.csv"),
         held_out=check.panels if check else (),
+        symmetry=config.model.symmetry,
+        scores=scores,
         overwrite=True,
     )
     report.write_report(folder, summary)
+
+
+def particle_file(config: Config) -> dict[str, str]:
+    """The entries of summary.json by which ``cryosplat export`` finds the particles again, and knows them."""
+    path = resolve_path(config, config.data.particles).absolute()
+    return {"particle_file": str(path), "particle_file_sha256": sha256_of(path)}
 
 
 def hardware(world: distributed.World) -> str:

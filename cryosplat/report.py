@@ -37,6 +37,9 @@ PICTURES = (
 )
 """Figures of a run directory that the page shows, as far as they are there."""
 
+_PASSING = (NAME, LOCK, "status.json")
+"""What is not listed: the page itself, and what is there while a run goes on."""
+
 LAST_TENTH = 0.1
 """Part of the steps of a fit whose rise tells whether it has levelled off."""
 
@@ -90,7 +93,7 @@ def context(
         "settings": _changed(config),
         "all_settings": OmegaConf.to_yaml(OmegaConf.structured(config)),
         "again": _again(folder, summary),
-        "files": [(name, _size(size), meaning) for name, size, meaning in files_of(folder) if name not in (NAME, LOCK)],
+        "files": [(name, _size(size), meaning) for name, size, meaning in files_of(folder) if name not in _PASSING],
         "written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "version": __version__,
     }

@@ -14,6 +14,8 @@ MEANINGS = {
     "mixture_half_?.mrc": "the map of a half's Gaussians; for comparison only",
     "gaussians.npz": "the Gaussians of all models: positions, widths, turns, amplitudes, in A",
     "gaussians.ply": "the Gaussians of all particles as a point cloud, for viewers",
+    "gaussians.cif": "the same as pseudo-atoms",
+    "view.cxc": "opens maps and Gaussians in ChimeraX",
     "fsc.csv": "every FSC curve, shell by shell",
     "fsc.png": "the FSC curves to compare",
     "fsc.xml": "the corrected FSC of the half maps, as EMDB takes it",
@@ -22,6 +24,7 @@ MEANINGS = {
     "viewing_directions.png": "from where the particles were seen",
     "sections.png": "central sections of the map",
     "projections.png": "projections of the map",
+    "particles.csv": "residual, scale, correlation and gain of every particle",
     "volume_fit.csv": "log likelihood by step of the fit in the volume",
     "volume_fit.png": "the same as a figure",
     "loss.png": "losses in training image by image",
@@ -37,6 +40,7 @@ MEANINGS = {
     "validation": "null tests of the run, by cryosplat validate",
     "postprocess": "the sharpened map, by cryosplat postprocess",
     "jobs": "logs and code of the jobs that were submitted",
+    "status.json": "what the run is doing",
     "lock.json": "which process is at the run",
 }
 """By name, ``?`` for any letter; those that people look for come first."""

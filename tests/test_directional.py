@@ -9,6 +9,7 @@ from cryosplat.conventions import euler_to_rotation
 from cryosplat.directional import directional_fsc, directions_on_half_sphere, view_evenness, viewing_directions
 from cryosplat.errors import InputError
 from cryosplat.fsc import fsc, masked_spectrum
+from cryosplat.symmetry import point_group
 
 BOX, PIXEL_SIZE_A = 40, 3.0
 AXES = {"x": 2, "y": 1, "z": 0}
@@ -116,3 +117,6 @@ def test_views_are_even_by_the_sampling_of_fourier_space():
     turned = euler_to_rotation(*rng.uniform(-180, 180, (3, 1)))
     sides = euler_to_rotation(rng.uniform(-180, 180, number), np.full(number, 90.0), rng.uniform(-180, 180, number))
     assert view_evenness(sides @ turned) == pytest.approx(even["sides"], abs=0.02)
+    # Seen by a molecule with a four-fold about z and two-folds across, views near one side axis are those of four.
+    near_x = euler_to_rotation(rng.normal(0, 5, number), 90 + rng.normal(0, 5, number), rng.uniform(-180, 180, number))
+    assert view_evenness(near_x, point_group("D4")) > 3 * view_evenness(near_x)

@@ -141,7 +141,7 @@ def test_the_numbers_are_those_of_the_summary(good):
 
 def test_every_file_of_the_run_is_listed_with_its_meaning(good):
     said = dict(row[:2] for row in files_table(good))
-    there = {path.name + "/" * path.is_dir() for path in good.iterdir()} - {"report.html"}
+    there = {path.name + "/" * path.is_dir() for path in good.iterdir()} - {"report.html", "status.json"}
     assert set(said) == there
     assert all(meaning and meaning != "not a file of cryosplat" for meaning in said.values())
 
@@ -336,6 +336,7 @@ WARNINGS = {
     "mask": "with randomised phases the masked FSC is still 0.200: the mask is too tight or its edge too sharp",
     "again": "the corrected FSC falls below 0.143 at 9.00 A and is above it again at 7.00 A: the resolution stated",
     "sampling": "the corrected FSC never falls below 0.143: the sampling is the limit, not the data",
+    "symmetry": "the images contradict symmetry C4: only 30 % of their power agrees",
     "other": "something new",
 }
 
@@ -354,7 +355,7 @@ def test_each_warning_has_its_kind(tmp_path, kind):
 def test_nothing_is_found_where_all_is_as_it_should_be(tmp_path):
     fine = {
         "shells_of_signal": 30, "resolution_a": 3.2, "sign_certainty": -50.0, "invert": False,
-        "images_in_both_halves": 0, "view_evenness": 0.95, "anisotropy": 0.4, "empty_share": 0.0, 
+        "images_in_both_halves": 0, "view_evenness": 0.95, "anisotropy": 0.4, "empty_share": 0.0,
         "halves": "Halves are those of x.",
         "warnings": [], "mask_origin": "made from the linear map of both halves",
     }  # fmt: skip
