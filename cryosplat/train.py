@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from cryosplat import checkpoint, distributed, fitkeeping, interruption, progress, start
+from cryosplat import checkpoint, distributed, findings, fitkeeping, interruption, progress, start
 from cryosplat.backprojection import LinearHalf
 from cryosplat.config import check_files, load_config
 from cryosplat.ending import ending
@@ -30,8 +30,16 @@ from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.particles import ParticleTable, read_particles
 from cryosplat.particlescores import score_particles
 from cryosplat.preparation import Preparation
-from cryosplat.products import half_map_curves, hardware, log_evaluation, particle_file, write_products
+from cryosplat.products import (
+    circumstances,
+    half_map_curves,
+    hardware,
+    log_evaluation,
+    particle_file,
+    write_products,
+)
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
+from cryosplat.report import write_report
 from cryosplat.runlock import RunLock
 from cryosplat.runs import HALVES, RunState, begin_run, give_up_run, open_run
 from cryosplat.sampling import BatchPlan
@@ -154,6 +162,7 @@ class Run:
                     self._measure(monitor)
                     evaluation = self._evaluate(monitor)
                     distributed.wait_for_main(self.world)
+                    self._report_on_the_way(evaluation)
                     self._say_training()
                 distributed.together(lambda: self._save(monitor), self.world)
                 if not trainer.finished:  # then what is left takes no longer than to begin again
@@ -300,7 +309,8 @@ class Run:
         return Interrupted(f"asked to go {asked_by}, {what}; the same command goes on from there ({self.run.folder})")
 
     def _measure(self, monitor) -> None:
-        """Judge held-out images, if there are any; all ranks, each its own."""
+        """Judge held-out images, if there are any, and ask for memory; all ranks, each its own."""
+        self.rank_memory = distributed.gather_objects(peak_memory_gib(self.world.device), self.world)
         if self.holdout is not None:
             gains = self.holdout.measure(self.trainer.reconstruction)
             monitor.holdout(self.trainer.progress.step, self.trainer.progress.epoch, gains)
@@ -312,8 +322,18 @@ class Run:
         progress.stage("evaluating")
         trainer = self.trainer
         evaluation = evaluate(trainer.reconstruction, self.comparison, self.linear)
-        log_evaluation(monitor, trainer, evaluation)
+        self.drawn = log_evaluation(monitor, trainer, evaluation, self.rank_memory)
         return evaluation
+
+    def _report_on_the_way(self, evaluation: Evaluation | None) -> None:
+        """Write report.html of a run that goes on; a collective."""
+        if self.trainer.finished:
+            return
+        summary = self._summary(evaluation, None)
+        done = f"{self.trainer.progress.step} of {self.trainer.total_steps} steps are done"
+        distributed.together(
+            lambda: write_report(self.run.folder, summary, self.drawn, done) if self.world.is_main else None, self.world
+        )
 
     def _save(self, monitor) -> None:
         """Every rank has the same state, so rank 0 saves alone."""
@@ -364,6 +384,7 @@ class Run:
             "cpu_seconds": self.before["cpu"] + sum(cpu for cpu, *_ in ranks),
             "wall_seconds": seconds["wall"],
             "peak_memory_gib": sum(memory["cpu_max_rss"] for _, memory, _ in ranks),
+            "peak_memory_gib_by_rank": [round(memory["cpu_max_rss"], 4) for _, memory, _ in ranks],
             "peak_gpu_memory_gib": max((memory.get("gpu_max_reserved", 0.0) for _, memory, _ in ranks), default=0.0),
             "volume_fit_seconds": seconds["fit"],
             "training_seconds": seconds["training"],
@@ -379,6 +400,9 @@ class Run:
         if suite is not None:
             said = agreement and agreement.warning(self.config.model.symmetry)
             summary |= {"warnings": [*suite.warnings, *([said] if said else [])], "anisotropy": suite.anisotropy}
+        if self.world.is_main:
+            summary |= circumstances(self.world, self.linear, trainer.table.rotations, self.config.model.symmetry)
+            summary["findings"] = findings.as_records(findings.find(summary, self.run.folder, self.config.data.null))
         return distributed.broadcast_object(summary, self.world)
 
 
