@@ -23,11 +23,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import floors
 from benchmarks.machine import Machine, describe, measure_machine
 from benchmarks.ops import CUTOFF, PIXEL_SIZE_A, SIZES
+from cryosplat.costs import peak_memory_gib
 from cryosplat.dataset import ParticleDataset
 from cryosplat.distributed import World, sum_arrays
 from cryosplat.files import atomic_path
 from cryosplat.gaussians import GaussianMixture
-from cryosplat.monitor import peak_memory_gib
 from cryosplat.particles import ParticleTable
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.sampling import BatchPlan

@@ -8,14 +8,12 @@ import contextlib
 import csv
 import logging
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from cryosplat import figures, progress
 from cryosplat.errors import InputError
@@ -25,15 +23,6 @@ from cryosplat.metrics import COLUMNS, append_holdout, cut_metrics, write_volume
 
 logger = logging.getLogger(__name__)
 _PACKAGE_LOGGER = logging.getLogger("cryosplat")
-
-
-def peak_memory_gib(device: torch.device | str = "cpu") -> dict[str, float]:
-    """Largest memory of this process so far, GiB: "cpu_max_rss", and "gpu_max_reserved" on a CUDA device."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-    memory = {"cpu_max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-    if torch.device(device).type == "cuda":
-        memory["gpu_max_reserved"] = torch.cuda.max_memory_reserved(device) / 2**30
-    return memory
 
 
 class NullMonitor:
@@ -138,7 +127,7 @@ class Monitor:
             losses: by model: "full", "half_a", "half_b".
             learning_rate: of this step.
             images_per_second: over all ranks, since the last logged step.
-            memory: GiB, as ``peak_memory_gib`` gives it.
+            memory: GiB, as ``costs.peak_memory_gib`` gives it.
             waiting: share of the time since the last logged step in which rank 0 waited for images.
         """
         row = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "images_per_second": images_per_second}
@@ -215,7 +204,7 @@ class Monitor:
             self._events.histograms(spread, step)
 
     def rank_memory(self, step: int, memory: Sequence[Mapping[str, float]]) -> None:
-        """Log the memory of every rank, in their order, each as ``peak_memory_gib`` gives it."""
+        """Log the memory of every rank, in their order, each as ``costs.peak_memory_gib`` gives it."""
         self._events.scalars(of_ranks(memory), step)
 
     def holdout(self, step: int, epoch: int, gains: Mapping[str, float]) -> None:

@@ -65,7 +65,7 @@ LAYERS = (
     ("start", "preparation", "imagesurvey"),
     ("findings",),
     ("report",),
-    ("products", "particlescores"),
+    ("products", "costs", "particlescores"),
     # What people call.
     ("train", "validation", "backprojectcommand", "exporting", "doctor", "comparing", "inspectcommand"),
     ("api", "cli"),

@@ -14,11 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from cryosplat import eventlog
+from cryosplat.costs import peak_memory_gib
 from cryosplat.errors import InputError
 from cryosplat.eventlog import DESCRIPTIONS
 from cryosplat.fsc import FscCurve
 from cryosplat.metrics import COLUMNS, read_metrics, read_volume_fit
-from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
+from cryosplat.monitor import Monitor, NullMonitor
 
 BOX = 24
 
