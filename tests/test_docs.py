@@ -22,7 +22,7 @@ from cryosplat.metrics import COLUMNS, read_volume_fit
 from cryosplat.settings import RECIPES, Config
 from cryosplat.unpickle import read_pickle
 
-PAGES = [ROOT / name for name in ("README.md", "docs/formats.md", "docs/operations.md")]
+PAGES = [ROOT / name for name in ("README.md", "docs/formats.md", "docs/operations.md", "docs/empiar.md")]
 PAGES += sorted({ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")} - set(PAGES))
 FORMATS, OPERATIONS = ROOT / "docs/formats.md", ROOT / "docs/operations.md"
 CLUSTER = ROOT / "docs/cluster.md"
@@ -37,17 +37,20 @@ LISTED = {
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv": "a download",
     "CUDA_HOME=/usr/local/cuda-12.8 CRYOSPLAT_CUDA_ARCH=90 make venv": "needs that toolkit",
     "python csrc/resources.py --show 'build/core.*/cuda_resources.json'": "tests/test_build.py does it",
-    "pip install .": "a download; tests/test_build.py builds the wheel",
     "pip install -e .": "a download; the Makefile's own step",
     "sudo apt-get install g++ make python3-venv python3-dev": "changes the machine",
     "source .venv/bin/activate": "changes the shell; what follows here runs in that environment anyway",
     "cryosplat validate runs/my": "trains six times over; tests/test_validation.py does it to smaller runs",
+    "cryosplat validate runs/mine": "as above",
+    "cryosplat validate runs/10028": "as above",
+    "cryosplat validate runs/10049": "as above",
+    "cryosplat validate runs/10076": "as above",
+    "cryosplat validate runs/10180": "as above",
     "cryosplat validate runs/my --tests phases,holdout --processes 8": "as above",
     "torchrun --standalone --nproc-per-node 4 -m cryosplat.cli backproject --config my.yaml -o linear_by_four": "tests/"
     "test_backprojectcommand.py does it",
     "python -m pytest -q tests/test_ctf.py": "runs with all other tests",
     "tensorboard --logdir runs": "a server without an end",
-    "tensorboard --logdir runs/my/tensorboard": "a server without an end",
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 1 --rdzv-endpoint first-host:12345 "
     "-m cryosplat.train --config my.yaml": "needs two machines",
 }
