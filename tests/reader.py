@@ -140,15 +140,17 @@ class Desk:
         """What is added to a training command."""
         on_stand_in_of_paper = not set(PAPER_SETS).isdisjoint(words)
         cropped = any(word.startswith("data.box=") for word in words)
+        short = ["maps.every=5"] if "recipe=images" in words else ["volume.steps=10"]
         if cropped or on_stand_in_of_paper:
-            return SMALL_RUN + (["data.box=24"] if not cropped else [])
-        return SMALL_RUN + KNOWN.format(folder=self.folder).split()
+            return SMALL_RUN + short + (["data.box=24"] if not cropped else [])
+        looked_into = any(word in ("runs/my", "run_dir=runs/two") for word in words) or "run_dir=" not in " ".join(words)
+        return SMALL_RUN + KNOWN.format(folder=self.folder).split() + ([] if looked_into else short)
 
     def submit(self, words: list[str]) -> int:
         """Check a job as it stands, without submitting it; if it is to be submitted, do its work here, once."""
         small = self.small(words)
         status = run_script("launch/submit.py", *words, *small, *([] if "--dry-run" in words else ["--dry-run"]))
-        if status or {"--dry-run", "--array", "--slurm"}.intersection(words):
+        if status or {"--dry-run", "--array", "--follow", "--slurm"}.intersection(words):
             return status
         settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)?=", word)]
         return train.main(["--config", words[words.index("--config") + 1], *settings, *small])
