@@ -9,8 +9,9 @@ from scipy.spatial.transform import Rotation
 
 from cryosplat.columns import Columns
 from cryosplat.conventions import euler_to_rotation, rescaled_pixel_size
+from cryosplat.csfiles import passthrough_hint
 from cryosplat.errors import InputError
-from cryosplat.listing import Listing, passthrough_hint, read_listing
+from cryosplat.listing import Listing, read_listing
 from cryosplat.settings import WITH_POSES
 from cryosplat.unpickle import read_pickle
 
@@ -235,8 +236,16 @@ def _star_poses(
     columns: Columns, rows: np.ndarray, box: np.ndarray, field_a: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     fix = "take the star file of a 3D refinement (run_data.star), or name cryoDRGN's poses.pkl in data.poses"
+    if "_rlnAnglePsi" in columns and not any(name in columns for name in STAR_ANGLES[:2]):
+        fix = f"poses of a 2D classification are not enough: {fix}"
     _require(columns, STAR_ANGLES, "poses", fix)
-    rotations = euler_to_rotation(*(columns.take(name, rows) for name in STAR_ANGLES))
+    angles = [columns.take(name, rows) for name in STAR_ANGLES]
+    if len(rows) > 1 and not (angles[0].any() or angles[1].any()):
+        raise InputError(
+            f"{columns.path}: _rlnAngleRot and _rlnAngleTilt are 0 in all {len(rows)} rows, as a 2D classification "
+            f"leaves them; {fix}"
+        )
+    rotations = euler_to_rotation(*angles)
     found = []
     for names, size in ((STAR_ORIGINS_PX, box), (STAR_ORIGINS_A, field_a)):
         if any(name in columns for name in names):

@@ -21,6 +21,7 @@ from cryosplat.particles import read_particles
 from cryosplat.posterior import deliver
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
+from cryosplat.sign import find_sign
 from cryosplat.symmetry import point_group
 from cryosplat.volumes import write_map
 
@@ -107,6 +108,7 @@ def _reconstruct(
         lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
     )
     noise = _share_noise(dataset, world)
+    find_sign(dataset, table, noise, world, config.train.seed, data.check_sign)
     sums = back_project(dataset, mine[~plan.held_out[mine]], noise, world, symmetry, halves)
     if sums is None:
         return {}, dataset.pixel_size_a, []

@@ -25,6 +25,7 @@ from torch import Tensor
 from cryosplat import distributed, ops
 from cryosplat.ctf import ctf_image
 from cryosplat.dataset import ParticleDataset, shells_of_half_plane
+from cryosplat.imageprep import fourier_crop
 from cryosplat.quadratic import NormalEquations
 
 PADDING = 2
@@ -115,13 +116,31 @@ def back_project(
     weight = 1 / noise_variance(radial, box).to(device)
     operators = torch.eye(3)[None] if symmetry is None else torch.from_numpy(symmetry).float()
     for batch in dataset.batches(np.split(ids, range(VIEWS_PER_INSERT, len(ids), VIEWS_PER_INSERT))):
-        ctf = 1.0 if batch.ctf is None else ctf_image(batch.ctf, box, dataset.pixel_size_a)
+        ctf = 1.0 if batch.ctf is None else ctf_image(batch.ctf, box, dataset.pixel_size_a, batch.phases)
         filtered = ctf * weight[batch.half]
         values, weights = batch.images * filtered, ctf * filtered
         grid = batch.half if halves else torch.zeros_like(batch.half)
+        shifts, inserted = batch.shifts, box_within(box, dataset.reach)
+        if inserted < box:
+            # In a smaller box of the same field of view a view reaches less far, and no farther than the grid.
+            values, weights = fourier_crop(values, inserted), fourier_crop(weights, inserted)
+            shifts = shifts * (inserted / box)
         for operator in operators.to(device):
-            ops.insert(values, weights, batch.rotations @ operator, batch.shifts, grid, sums)
+            ops.insert(values, weights, batch.rotations @ operator * (inserted / box), shifts, grid, sums)
     return distributed.sum_to_main(sums, world)
+
+
+def box_within(box: int, reach: float) -> int:
+    """The largest even box of the same field of view whose coefficients, ``reach`` times as far out, are all within the
+    Nyquist frequency of ``box``.
+
+    >>> box_within(128, 1.0), box_within(128, 1.01)
+    (128, 126)
+    """
+    inserted = box
+    while math.sqrt((inserted // 2) ** 2 - 1) * reach * 2 >= box:
+        inserted -= 2
+    return inserted
 
 
 def linear_half(sums: Tensor, box: int) -> LinearHalf:

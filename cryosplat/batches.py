@@ -17,11 +17,12 @@ class Batch:
             held, in half or single precision; N images, of which the batch has some.
         rows: (B,) int64, which of them.
         gain: (B,) what makes units of the noise's standard deviation of each.
-        rotations: (B, 3, 3).
+        rotations: (B, 3, 3), whose first two rows project; with a magnification in them they are no rotations.
         shifts: (B, 2) in pixels.
         ctf: (B, 7) or None.
         half: (B,) int64, 0 or 1.
         ids: (B,) rows of the particle table, on the host.
+        phases: (B, D, D//2+1) for ``ctf_image``, or None.
     """
 
     stored: Tensor
@@ -32,6 +33,7 @@ class Batch:
     ctf: Tensor | None
     half: Tensor
     ids: np.ndarray
+    phases: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -43,9 +45,9 @@ class Batch:
 
     def part(self, places: slice) -> "Batch":
         """Some of its particles, neighbours."""
-        ctf = None if self.ctf is None else self.ctf[places]
+        ctf, phases = (None if one is None else one[places] for one in (self.ctf, self.phases))
         of_each = (self.rows, self.gain, self.rotations, self.shifts)
-        return Batch(self.stored, *(one[places] for one in of_each), ctf, self.half[places], self.ids[places])
+        return Batch(self.stored, *(one[places] for one in of_each), ctf, self.half[places], self.ids[places], phases)
 
 
 @dataclass

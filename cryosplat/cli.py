@@ -150,14 +150,11 @@ def _voxelise(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=inspection.voxelise)
 
 
-def _info(parser: argparse.ArgumentParser) -> None:
-    from cryosplat import inspection
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import inspectcommand
 
-    parser.description = (
-        "Say what a run directory, a mixture (.npz, .ply), a map or an image stack (.mrc, .mrcs) holds."
-    )
-    parser.add_argument("path")
-    parser.set_defaults(run=inspection.info)
+    inspectcommand.add_arguments(parser)
+    parser.set_defaults(run=inspectcommand.run)
 
 
 def _validate(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +183,8 @@ _COMMANDS = {
     "postprocess": ("sharpen a map", _postprocess),
     "fsc": ("resolution of two half maps, or of a map against a reference", _fsc),
     "doctor": ("what was built, what this machine has, and whether its GPUs can be used", _doctor),
-    "info": ("what a run directory, mixture, map or stack holds", _info),
+    "inspect": ("what a particle file holds, whether a run could start from it, and how; or any other file", _inspect),
+    "info": ("the same as inspect", _inspect),
 }
 
 

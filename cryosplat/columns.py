@@ -15,9 +15,27 @@ import numpy as np
 
 from cryosplat.errors import InputError
 
-_STAR_TEXT = ("_rlnImageName", "_rlnMicrographName", "_rlnOpticsGroupName")
-_OPTICS = ("_rlnImagePixelSize", "_rlnImageSize", "_rlnVoltage", "_rlnSphericalAberration", "_rlnAmplitudeContrast")
+_STAR_LISTS = ("_rlnOddZernike", "_rlnEvenZernike")
+_STAR_TEXT = ("_rlnImageName", "_rlnMicrographName", "_rlnOpticsGroupName", *_STAR_LISTS)
+_OPTICS = (
+    "_rlnImagePixelSize",
+    "_rlnImageSize",
+    "_rlnVoltage",
+    "_rlnSphericalAberration",
+    "_rlnAmplitudeContrast",
+    "_rlnBeamTiltX",
+    "_rlnBeamTiltY",
+    "_rlnMagMat00",
+    "_rlnMagMat01",
+    "_rlnMagMat10",
+    "_rlnMagMat11",
+    "_rlnCtfDataArePhaseFlipped",
+    "_rlnCtfDataAreCtfPremultiplied",
+)
 """What RELION keeps once an optics group from 3.1 on, and once a particle before."""
+
+LONGEST_LIST = 100
+"""Coefficients of Zernike polynomials; RELION fits 9 even ones and 6 odd."""
 
 _STAR_NUMBERS = (
     *_OPTICS,
@@ -99,6 +117,11 @@ class StarTable:
         self._places = [self._place[name] for name in self._names]
         self._numbers = array("d")
 
+    @property
+    def names(self) -> list[str]:
+        """Its columns, read or not."""
+        return list(self._place)
+
     def __len__(self) -> int:
         if self.text:
             return len(next(iter(self.text.values())))
@@ -128,7 +151,33 @@ class StarTable:
     def numbers(self) -> dict[str, np.ndarray]:
         """Its columns of numbers, each (N,)."""
         values = np.frombuffer(self._numbers, dtype=np.float64).reshape(-1, max(len(self._names), 1))
-        return {name: values[:, place].copy() for place, name in enumerate(self._names)}
+        found = {name: values[:, place].copy() for place, name in enumerate(self._names)}
+        return found | {name: self._lists(name) for name in _STAR_LISTS if name in self.text}
+
+    def _lists(self, name: str) -> np.ndarray:
+        """Lists such as ``[0,0,1.5]``, (N, k) with zeros after the end of shorter ones; NaN where there is no list."""
+        known: dict[str, list[float]] = {}
+        for row, text in enumerate(self.text[name]):
+            if text not in known:
+                known[text] = _list_of_numbers(text)
+            if len(known[text]) == 1 and np.isnan(known[text][0]):
+                self.unreadable[name, row] = text
+        found = np.zeros((len(self), max((len(numbers) for numbers in known.values()), default=0)))
+        for row, text in enumerate(self.text[name]):
+            numbers = known[text]
+            found[row, : len(numbers)] = numbers
+        return found
+
+
+def _list_of_numbers(text: str) -> list[float]:
+    """The numbers of ``[0,0,1.5]``; a single NaN for what is no such list."""
+    try:
+        if not (text.startswith("[") and text.endswith("]")):
+            return [np.nan]
+        numbers = [float(word) for word in text[1:-1].split(",") if word]
+    except ValueError:
+        return [np.nan]
+    return numbers if len(numbers) <= LONGEST_LIST else [np.nan]
 
 
 def read_star(path: Path) -> dict[str, StarTable]:
@@ -179,7 +228,7 @@ def join_optics(path: Path, particles: StarTable, optics: StarTable | None) -> C
     of_optics = Columns(path.with_name(f"{path.name}, data_optics"), theirs, optics.unreadable)
     place = _optics_place(Columns(path, values, particles.unreadable), of_optics, len(particles), len(optics))
     unreadable = dict(particles.unreadable)
-    for name in _OPTICS:
+    for name in (*_OPTICS, *_STAR_LISTS):
         if name in theirs:
             values[name] = theirs[name][place]
             wrong = {row: text for (column, row), text in optics.unreadable.items() if column == name}

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
-from cryosplat.settings import CHOICES, INPUTS, NO_CTF, RANGES, RECIPES, WITH_POSES, Config
+from cryosplat.settings import CHOICES, INPUTS, LISTS, NO_CTF, RANGES, RECIPES, WITH_POSES, Config, DataConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -131,19 +131,27 @@ def check_files(config: Config) -> None:
             "data.poses is not set: name the file, for example data.poses=PATH, or a file with poses of its own "
             f"({' or '.join(WITH_POSES)}) as data.particles"
         )
-    for name, path in input_paths(config).items():
+    for name, path in input_paths(config):
         if name == "datadir" and not path.is_dir():
             raise InputError(f"data.{name}: there is no folder {path} (data_root is {config.data_root})")
         if name != "datadir" and not path.is_file():
             raise InputError(f"data.{name}: there is no file {path} (data_root is {config.data_root})")
 
 
-def input_paths(config: Config) -> dict[str, Path]:
-    """The files and folders under ``data`` that are set, by their settings, as ``resolve_path`` finds them."""
-    named = {name: getattr(config.data, name) for name in INPUTS}
-    return {
-        name: resolve_path(config, value) for name, value in named.items() if value and (name, value) != ("ctf", NO_CTF)
-    }
+def input_paths(config: Config) -> list[tuple[str, Path]]:
+    """The files and folders under ``data`` that are set, with their settings, as ``resolve_path`` finds them."""
+    named = [(name, value) for name in INPUTS for value in path_names(config.data, name)]
+    return [(name, resolve_path(config, value)) for name, value in named if (name, value) != ("ctf", NO_CTF)]
+
+
+def path_names(data: DataConfig, name: str) -> list[str]:
+    """What a setting under ``data`` names: nothing, a path, or several.
+
+    >>> path_names(DataConfig(passthrough="a.cs, b.cs"), "passthrough")
+    ['a.cs', 'b.cs']
+    """
+    words = (getattr(data, name) or "").split(",") if f"data.{name}" in LISTS else [getattr(data, name) or ""]
+    return [word.strip() for word in words if word.strip()]
 
 
 def resolve_path(config: Config, path: str | os.PathLike) -> Path:
@@ -206,6 +214,8 @@ def _set(settings: DictConfig, key: str, value: Any, source: str) -> None:
     if dataclasses.is_dataclass(known[key]):
         inside = ", ".join(item.name for item in dataclasses.fields(known[key]))
         raise InputError(f"{source}: {key} = {value!r}: {key} is a section, with the settings {inside}")
+    if key in LISTS and isinstance(value, list):
+        value = ",".join(map(str, value))
     try:
         OmegaConf.update(settings, key, value)
     except OmegaConfBaseException as error:

@@ -22,7 +22,9 @@ def _frequency_grid(box: int, dtype: torch.dtype, device: torch.device) -> tuple
         return tuple(term.to(device=device, dtype=dtype) for term in grid)
 
 
-def ctf_image(parameters: torch.Tensor, box: int, pixel_size_a: float | torch.Tensor) -> torch.Tensor:
+def ctf_image(
+    parameters: torch.Tensor, box: int, pixel_size_a: float | torch.Tensor, phases: torch.Tensor | None = None
+) -> torch.Tensor:
     """CTF of a batch of particles, RELION's sign: +amplitude contrast at zero frequency, particles white.
 
     With the phase ``g = pi lambda dz s^2 - pi/2 Cs lambda^3 s^4 + phase shift`` the CTF is
@@ -41,6 +43,7 @@ def ctf_image(parameters: torch.Tensor, box: int, pixel_size_a: float | torch.Te
             Cs (mm), amplitude contrast, phase shift (rad).
         box: image size D in px.
         pixel_size_a: A/px, one for all or (B,).
+        phases: (B, D, D//2+1) radians that are added to g, of aberrations that the parameters cannot hold; None: 0.
 
     Returns:
         (B, D, D//2+1), on the unshifted grid of ``rfft2``: ky = fftfreq, kx = rfftfreq.
@@ -67,4 +70,6 @@ def ctf_image(parameters: torch.Tensor, box: int, pixel_size_a: float | torch.Te
     phase = torch.addcmul(mean, spherical, k2) * k2
     phase = torch.addcmul(phase, cosine, difference)
     phase = torch.addcmul(phase, sine, product)
+    if phases is not None:
+        phase = phase + phases
     return torch.sin(phase + constant)

@@ -11,15 +11,12 @@ from torch import Tensor
 from cryosplat.batches import Batch, Chosen, Courier, to_device
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.errors import InputError
-from cryosplat.fingerprints import NUMBERS, fingerprint
+from cryosplat.fingerprints import NUMBERS
+from cryosplat.imageprep import IMAGES_PER_READ, Preparer, fourier_crop, shells_of
 from cryosplat.nulls import null_shell, random_phases, white_spectra
 from cryosplat.particles import ParticleTable
 
 logger = logging.getLogger(__name__)
-
-IMAGES_PER_READ = 256
-HALF_PRECISION_MAX = 6.0e4
-"""Largest magnitude trusted to float16, whose own limit is 65504."""
 
 FIRST_NOISE_SHELL = 2
 """Of white noise whose mean over the corners was subtracted, shell 0 has none left, shell 1 70 % and shell 2 all."""
@@ -45,8 +42,7 @@ class ParticleDataset:
 
     Every image has its own background taken off and is divided by its half's noise level, so that
     the grey levels of the stack do not matter: a stack times 100 plus an offset is the same data set.
-    Background and noise are those of the corners, outside the circle that touches the image's edges,
-    where a particle with any shift has least to say.
+    What is done to each image by itself is in ``imageprep``.
 
     Args:
         table: all particles.
@@ -58,6 +54,9 @@ class ParticleDataset:
         device: where images are prepared and batches are made.
         cache: "device" or "host", where half-spectra are held. From the host each batch's follow on a stream of their
             own while the batch before is at work.
+
+    Attributes:
+        reach: the largest factor by which a projection stretches frequencies; 1 without magnifications.
 
     Raises:
         InputError: a non-finite or constant image (named), or a box larger than the stored one.
@@ -86,61 +85,44 @@ class ParticleDataset:
         self._row = np.full(len(table), -1, dtype=np.int64)
         self._row[owned] = np.arange(len(owned))
         self._cropped = self.box < table.box
-        self._sign = 1.0 if invert else -1.0
+        self.invert = invert
         # What a batch has of every particle, on the device, so that a batch is a selection there.
         self._rows = torch.from_numpy(self._row).to(self.device)
         self._halves = torch.from_numpy(self.half).to(self.device)
-        self._rotations = torch.from_numpy(table.rotations).float().to(self.device)
+        projections = table.rotations if table.optics is None else table.optics.projections(table.rotations)
+        # No rotation of a checked table reaches farther than 1; a magnification may.
+        self.reach = 1.0
+        if projections is not table.rotations:
+            self.reach = float(np.linalg.norm(projections[:, :2], 2, (1, 2)).max())
+        self._rotations = torch.from_numpy(projections).float().to(self.device)
         self._shifts = (torch.from_numpy(table.shifts) * self.box).float().to(self.device)
         self._ctf = None if table.ctf is None else torch.from_numpy(table.ctf).float().to(self.device)
+        rest = None if table.optics is None else table.optics.rest
+        self._phases = None if rest is None else fourier_crop(torch.from_numpy(rest), self.box).to(self.device)
+        self._optics = None if rest is None else torch.from_numpy(table.optics.group).to(self.device)
         self._gain = torch.zeros(len(table), device=self.device)
-        dtype, place = torch.float16 if precision == "half" else torch.float32, "cpu" if cache == "host" else device
-        self._spectra = torch.empty(len(owned), self.box, self.box // 2 + 1, 2, dtype=dtype, device=place)
+        preparer, place = Preparer(table, self.box, precision, self.device), "cpu" if cache == "host" else device
+        self._spectra = torch.empty(len(owned), self.box, self.box // 2 + 1, 2, dtype=preparer.dtype, device=place)
         self._courier = Courier(self._spectra, self.device) if cache == "host" else None
-        self.statistics = self._read(table, progress)
+        self.statistics = self._read(table, preparer, progress)
 
-    def _read(self, table: ParticleTable, progress: Callable[[int], None]) -> Statistics:
-        corners = corner_mask(table.box).to(self.device)
-        shells, shell_size = _shells(table.box)
+    def _read(self, table: ParticleTable, preparer: Preparer, progress: Callable[[int], None]) -> Statistics:
+        _, shell_size = shells_of(table.box)
         numbers = np.zeros((len(table), NUMBERS))
         statistics = Statistics(np.zeros(len(table)), numbers, np.zeros((2, len(shell_size))), np.zeros(2))
         for start in range(0, len(self.owned), IMAGES_PER_READ):
             ids = self.owned[start : start + IMAGES_PER_READ]
-            raw = table.read(ids)
-            images = torch.from_numpy(raw).to(self.device)
-            if not bool(torch.isfinite(images.sum())):  # or so large that the sum is not
-                table.require_finite(raw, ids)
-            background = images[:, corners]
-            deviation = background.double().std(-1)
-            if not bool((deviation > 0).all()):
-                first = int(ids[int((~(deviation > 0)).nonzero()[0])])
-                raise InputError(f"{table.location(first)}: the image is constant outside its inner circle; remove it")
-            images = (images - background.mean(-1)[:, None, None]) / deviation.float()[:, None, None]
-            statistics.deviation[ids] = deviation.cpu().numpy()
-            statistics.fingerprint[ids] = fingerprint(images).cpu().numpy()
-            noise = torch.fft.rfft2(images * corners, norm="ortho").abs().square().double() / corners.double().mean()
+            prepared = preparer.read(ids)
+            statistics.deviation[ids] = prepared.deviation
+            statistics.fingerprint[ids] = prepared.fingerprint
             for h in (0, 1):
                 mine = (self.half[ids] == h) & ~table.held_out[ids]
-                power = noise[torch.from_numpy(mine).to(self.device)].sum(0).cpu().numpy()
-                statistics.power[h] += np.bincount(shells.ravel(), power.ravel(), minlength=len(shell_size))
+                statistics.power[h] += prepared.power[mine].sum(0)
                 statistics.count[h] += int(mine.sum())
-            spectra = fourier_crop(torch.fft.rfft2(images, norm="ortho"), self.box)
-            self._store(start, spectra, table, ids)
+            self._spectra[start : start + len(ids)] = prepared.spectra
             progress(start + len(ids))
         statistics.power /= shell_size
         return statistics
-
-    def _store(self, start: int, spectra: Tensor, table: ParticleTable, ids: np.ndarray) -> None:
-        pairs = torch.view_as_real(spectra)
-        if self._spectra.dtype == torch.float16:
-            largest = pairs.abs().amax((1, 2, 3))
-            if bool((largest > HALF_PRECISION_MAX).any()):
-                first = int(ids[int((largest > HALF_PRECISION_MAX).nonzero()[0])])
-                raise InputError(
-                    f"{table.location(first)}: a Fourier coefficient is {float(largest.max()):.3g} times the noise, "
-                    f"too large for half precision; the image is probably junk: remove it, or set data.precision=single"
-                )
-        self._spectra[start : start + len(ids)] = pairs
 
     def normalise(self, deviation: np.ndarray) -> None:
         """Set the scale of all images from the noise levels (N,) of all particles, gathered from all ranks.
@@ -152,8 +134,17 @@ class ParticleDataset:
         for h in (0, 1):
             mine = self.half == h
             level = deviation[mine & ~self._held_out].square().mean().sqrt()
-            gain[mine] = (self._sign * deviation[mine] / level).float()
+            gain[mine] = ((1 if self.invert else -1) * deviation[mine] / level).float()
         self._gain = gain.to(self.device)
+
+    def set_sign(self, invert: bool) -> None:
+        """Take all images, which are normalised, for white on dark or for dark on white."""
+        if invert != self.invert:
+            self.invert, self._gain = invert, -self._gain
+
+    def holds(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the particles ``ids`` (n,) this rank owns, bool (n,)."""
+        return self._row[ids] >= 0
 
     def make_null(
         self, kind: str, seed: int, same: np.ndarray, noise: np.ndarray, null_shell_a: float | None = None
@@ -172,7 +163,7 @@ class ParticleDataset:
         Raises:
             InputError: that resolution is not one of these images.
         """
-        shells = torch.from_numpy(_shells(self.box)[0])
+        shells = torch.from_numpy(shells_of(self.box)[0])
         level = torch.from_numpy(noise).sqrt().float()[:, shells.clamp(max=noise.shape[1] - 1)]
         if self._cropped:
             level[:, self.box // 2], level[:, :, self.box // 2] = 0, 0  # as fourier_crop leaves them
@@ -227,41 +218,12 @@ class ParticleDataset:
             None if self._ctf is None else self._ctf[at],
             self._halves[at],
             chosen.ids,
+            None if self._phases is None else self._phases[self._optics[at]],
         )
 
     @property
     def bytes_in_memory(self) -> int:
         return self._spectra.numel() * self._spectra.element_size()
-
-
-def corner_mask(box: int) -> Tensor:
-    """True (D, D) outside the circle that touches the image's edges: 21 % of the pixels, background only.
-
-    >>> round(float(corner_mask(128).float().mean()), 2)
-    0.22
-    """
-    offset = torch.arange(box) - box // 2
-    return offset[:, None] ** 2 + offset[None, :] ** 2 > (box // 2) ** 2
-
-
-def fourier_crop(spectra: Tensor, box: int) -> Tensor:
-    """Half-spectra (..., D, D//2+1) cut to a smaller even box (..., box, box//2+1).
-
-    The field of view stays, and with it the phases, which refer to its first pixel. The orthonormal scale stays: white
-    noise keeps its variance a pixel. The Nyquist lines of the new
-    grid, where two frequencies fall together, are set to zero.
-
-    >>> fourier_crop(torch.ones(1, 8, 5), 4).shape
-    torch.Size([1, 4, 3])
-    """
-    size = spectra.shape[-2]
-    if box == size:
-        return spectra
-    half = box // 2
-    cropped = torch.cat([spectra[..., :half, : half + 1], spectra[..., size - half :, : half + 1]], dim=-2).clone()
-    cropped[..., half, :] = 0
-    cropped[..., :, half] = 0
-    return cropped
 
 
 def radial_noise(power: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -285,7 +247,7 @@ def noise_weights(power: np.ndarray, count: np.ndarray, box: int) -> Tensor:
         count: (2,) particles summed.
         box: D of the training images.
     """
-    shells, _ = _shells(box)
+    shells, _ = shells_of(box)
     weights = []
     for radial in radial_noise(power, count):
         weight = 1.0 / radial[np.minimum(shells, len(radial) - 1)]
@@ -295,7 +257,7 @@ def noise_weights(power: np.ndarray, count: np.ndarray, box: int) -> Tensor:
 
 def shells_of_half_plane(box: int) -> np.ndarray:
     """Shell (D, D//2+1) of every coefficient of a half-spectrum; those in the corners lie beyond D//2."""
-    return _shells(box)[0]
+    return shells_of(box)[0]
 
 
 def half_plane_weights(box: int) -> Tensor:
@@ -303,10 +265,3 @@ def half_plane_weights(box: int) -> Tensor:
     weights = torch.full((box // 2 + 1,), 2.0)
     weights[:: box // 2] = 1.0
     return weights
-
-
-def _shells(box: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shell (D, D//2+1) of every coefficient of a half-spectrum, and the number of stored coefficients in each."""
-    ky, kx = np.fft.fftfreq(box) * box, np.fft.rfftfreq(box) * box
-    shells = np.rint(np.hypot(ky[:, None], kx[None, :])).astype(np.int64)
-    return shells, np.maximum(np.bincount(shells.ravel()), 1)

@@ -142,3 +142,26 @@ def viewing_directions(rotations: np.ndarray) -> np.ndarray:
     if rotations.ndim != 3 or rotations.shape[1:] != (3, 3) or len(rotations) == 0:
         raise InputError(f"viewing directions: expected rotations (N, 3, 3), found shape {rotations.shape}")
     return rotations[:, 2, :]
+
+
+SIDE_VIEWS_EVENNESS = 0.81
+"""``view_evenness`` of nothing but side views, evenly spread: the value below which cryoSPARC flags its SCF*."""
+
+_VIEWS_AT_MOST, _BAND = 20_000, 0.08
+
+
+def view_evenness(rotations: np.ndarray, number: int = 300) -> float:
+    """How evenly the views sample Fourier space: about the SCF of Baldwin & Lyumkin (Prog. Biophys. Mol. Biol. 150
+    (2020) 160), the harmonic over the arithmetic mean of the sampling over directions.
+
+    An image samples the directions across its view: here those within 4.6 degrees of its plane. A direction that no
+    image samples counts as sampled by half an image. 1 is even, 0.81 side views alone, near 0 leaves a cone empty.
+
+    Args:
+        rotations: (N, 3, 3), ``x_image = R x_volume``; of more than 20,000, that many spread over all.
+        number: directions.
+    """
+    views = viewing_directions(rotations)
+    views = views[:: -(-len(views) // _VIEWS_AT_MOST)]
+    sampled = (np.abs(directions_on_half_sphere(number) @ views.T) < _BAND).sum(1)
+    return float(1 / (np.mean(1 / np.maximum(sampled, 0.5)) * np.mean(np.maximum(sampled, 0.5))))

@@ -12,12 +12,21 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from cryosplat.errors import InputError
+from cryosplat.files import atomic_path
 from cryosplat.listing import Listing
 from cryosplat.unpickle import read_integers
 
 _LOG = logging.getLogger("cryosplat")
 
 _IF = "they are independent if the poses were refined in these halves"
+_CONSENSUS = "the poses are from that file too, of one refinement: gold standard, if it refined the halves apart"
+_NOT_GOLD = (
+    "the poses may come from a refinement of both together: not gold standard with respect to poses, so that the FSC "
+    "may say too much"
+)
+
+DRAWN = ("micrograph", "particle")
+"""Kinds of halves that were drawn, by what."""
 
 SMALLEST_SHARE = 0.25
 """Smallest share of the particles in a half that is drawn by micrograph; below it the FSC would compare unlike maps."""
@@ -79,8 +88,8 @@ def _draw(unit: np.ndarray, seed: int) -> np.ndarray:
 
 def assign_halves(
     listing: Listing, rows: np.ndarray, file: Path | None, seed: int, both: bool = True, poses: Path | None = None
-) -> tuple[np.ndarray, str]:
-    """Half of the particles ``rows`` (n,), and a sentence that says where it comes from and what that means.
+) -> tuple[np.ndarray, str, str]:
+    """Half of the particles ``rows`` (n,), where it comes from, and a sentence that says so and what it means.
 
     In this order: ``file`` (0 and 1, or RELION's 1 and 2, for every particle
     of ``listing``), the listing's own column, ``split_halves``. It is settled
@@ -90,25 +99,56 @@ def assign_halves(
         both: whether each half must have particles.
         poses: the file of poses, if they are not the listing's own.
 
+    Returns:
+        Halves; "file", "column", or what was drawn, "micrograph" or "particle"; the sentence.
+
     Raises:
         InputError: values that are not halves, another number of them, or a half without particles.
     """
     if file is not None:
-        values, name, origin = read_integers(file), f"{file}", f"Halves are those of data.halves, {file}; {_IF}."
+        values, name, kind = read_integers(file), f"{file}", "file"
+        origin = f"Halves are those of data.halves, {file}; {_IF}."
         if len(values) != len(listing):
             raise InputError(f"{file}: {len(values)} halves for the {len(listing)} particles of {listing.path}")
     elif listing.half is not None:
-        values, name = listing.half, f"{listing.half_name} of {listing.path}"
-        meaning = "the poses are from that file too, of one refinement" if poses is None else _IF
+        values, name, kind = listing.half, f"{listing.half_name} of {listing.path}", "column"
+        meaning = _CONSENSUS if poses is None else _IF
         origin = f"Halves are those of {listing.half_name} in {listing.path}; {meaning}."
     else:
         half, unit = split_halves(_image_number(listing), listing.group, seed)
         name = f"the draw by {unit} from seed {seed}"
-        origin = f"Halves were drawn by {unit} from seed {seed}; the poses may come from a refinement of both together."
-        return _checked(half[rows], name, both), origin
+        return _checked(half[rows], name, both), unit, f"Halves were drawn by {unit} from seed {seed}; {_NOT_GOLD}."
     half = _checked(_as_halves(values, rows, name), name, both)
     _warn_of_shared_images(_image_number(listing)[rows], half, name)
-    return half, origin
+    return half, kind, origin
+
+
+def first_copies(same: np.ndarray, stack: np.ndarray, slices: np.ndarray) -> np.ndarray:
+    """For every particle (N,) the copy of its image whose half counts for all: the first by stack and slice.
+
+    So it does not depend on the order of the rows.
+
+    Args:
+        same: (N,) equal for copies, as ``fingerprints.same_images`` gives it.
+        stack, slices: (N,) where its image is.
+
+    >>> first_copies(np.array([0, 1, 0]), np.array([1, 0, 0]), np.array([0, 0, 7]))
+    array([2, 1, 2])
+    """
+    order = np.lexsort((slices, stack))
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    first = np.full(len(order), len(order), dtype=np.int64)
+    np.minimum.at(first, same, place)
+    return order[first[same]]
+
+
+def save_halves(path: Path, half: np.ndarray, rows: np.ndarray, listed: int) -> None:
+    """Write what ``data.halves`` takes: 0 or 1 for the particles ``rows`` (n,) of ``listed``, -1 for the others."""
+    every = np.full(listed, -1, dtype=np.int8)
+    every[rows] = half
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, every)
 
 
 def hold_out(listing: Listing, rows: np.ndarray, half: np.ndarray, fraction: float, seed: int) -> np.ndarray:

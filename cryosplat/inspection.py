@@ -1,4 +1,4 @@
-"""Looking at what there is: ``cryosplat info`` and ``cryosplat voxelise``."""
+"""Looking at what there is: products and inputs by themselves, and ``cryosplat voxelise``."""
 
 import argparse
 import json
@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cryosplat.alignments import CTF_COLUMNS, check_poses, load_ctf, load_poses
+from cryosplat.directional import view_evenness
 from cryosplat.errors import InputError
 from cryosplat.gaussians import mixture_to_map
 from cryosplat.images import read_header
 from cryosplat.outputs import read_mixture
+from cryosplat.unpickle import read_pickle
 from cryosplat.volumes import read_map, write_map
 
 
@@ -44,25 +47,46 @@ def _grid(args: argparse.Namespace, mixture: dict) -> tuple[int, float]:
     return box or max(2 * round(side_a / pixel_size_a / 2), 2), pixel_size_a
 
 
-def info(args: argparse.Namespace) -> None:
-    """Print what a run directory, mixture, map or stack holds.
+def describe(path: Path) -> list[tuple[str, str]]:
+    """What a run directory, mixture, map, stack, or a pickle of poses or CTF holds: names and values.
 
     Raises:
-        InputError: nothing there, or nothing this program knows.
+        InputError: nothing this program knows.
     """
-    path = Path(args.path)
-    if not path.exists():
-        raise InputError(f"{path}: nothing there")
     if path.is_dir():
-        rows = _run(path)
-    elif path.suffix in (".npz", ".ply"):
-        rows = _mixture(path)
-    elif path.suffix in (".mrc", ".mrcs", ".map"):
-        rows = _densities(path)
-    else:
-        raise InputError(f"{path}: expected a run directory, a mixture (.npz, .ply), a map or a stack (.mrc, .mrcs)")
-    for name, value in rows:
-        print(f"{name:>28}  {value}")
+        return _run(path)
+    if path.suffix in (".npz", ".ply"):
+        return _mixture(path)
+    if path.suffix in (".mrc", ".mrcs", ".map"):
+        return _densities(path)
+    if path.suffix == ".pkl":
+        return _pickle(path)
+    raise InputError(
+        f"{path}: expected a run directory, particles (.star, .cs, .txt, .mrcs, or a .yaml of settings), a poses.pkl "
+        "or ctf.pkl, a mixture (.npz, .ply) or a map (.mrc)"
+    )
+
+
+def _pickle(path: Path) -> list[tuple[str, str]]:
+    """Of cryoDRGN's poses.pkl or ctf.pkl."""
+    value = read_pickle(path)
+    if isinstance(value, np.ndarray) and value.ndim == 2:
+        columns = load_ctf(path)
+        ranges = zip(CTF_COLUMNS, columns.min(0), columns.max(0), strict=True)
+        return [
+            ("CTF parameters of", f"{len(columns):,} images"),
+            *((n, f"{low:g} to {high:g}") for n, low, high in ranges),
+        ]
+    rotations, shifts = load_poses(path)
+    check_poses(path, rotations, shifts, np.arange(len(rotations)))
+    return [
+        ("poses of", f"{len(rotations):,} images"),
+        (
+            "shifts, fractions of the box",
+            f"{np.median(np.abs(shifts)):.4g} (median), {np.abs(shifts).max():.4g} (largest)",
+        ),
+        ("evenness of views", f"{view_evenness(rotations):.2f} (1: even; 0.81: side views alone)"),
+    ]
 
 
 def _run(folder: Path) -> list[tuple[str, str]]:

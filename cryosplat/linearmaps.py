@@ -12,18 +12,11 @@ from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, fsc
 from cryosplat.masks import mask_from_map, radii, spherical_mask
-from cryosplat.quadratic import sign_certainty
 
 logger = logging.getLogger(__name__)
 
 LEAST_SHELLS, SIGNAL_CERTAINTY = 3, 4.0
 """Shells that half maps must agree in, and standard errors of the FSC of pure noise that count as agreement."""
-
-SIGN_SPREAD = 0.075
-"""Standard deviation, as a fraction of the box, of the density that tells the sign."""
-
-SIGN_CERTAINTY = 6.0
-"""Standard errors at which the data are held to be of the other sign."""
 
 EMPTY_SHARE = 0.01
 """Share of the Fourier voxels within Nyquist that may be empty before that is said."""
@@ -114,26 +107,6 @@ def _without_ball(volume: np.ndarray) -> np.ndarray:
     shell = np.rint(radii(len(volume))).astype(np.int64).ravel()
     mean = np.bincount(shell, volume.ravel()) / np.maximum(np.bincount(shell), 1)
     return volume - mean[shell].reshape(volume.shape).astype(np.float32)
-
-
-def require_sign(halves: tuple[LinearHalf, ...]) -> None:
-    """Check that the images' density is positive: their correlation with a round Gaussian at the centre.
-
-    Args:
-        halves: of both halves, or one of all images.
-
-    Raises:
-        InputError: the images are clearly of the other sign.
-    """
-    equations = [half.equations for half in halves]
-    certainty = sign_certainty(equations[0] + equations[1] if len(equations) == 2 else equations[0], SIGN_SPREAD)
-    logger.info("sign of the data: %+.1f standard errors", certainty)
-    if certainty < -SIGN_CERTAINTY:
-        raise InputError(
-            f"the images look inverted: their correlation with density at the centre is {certainty:.1f} standard "
-            "errors. Set data.invert to its opposite (true for particles white on dark), or data.check_sign=false if "
-            "you know better"
-        )
 
 
 def _made(total: np.ndarray, pixel_size_a: float) -> tuple[np.ndarray, str]:

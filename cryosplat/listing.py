@@ -1,15 +1,16 @@
 """Which image is which particle: rows of .mrcs, .star, .cs and .txt files, before any pixel is read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cryosplat.columns import Columns, join_optics, read_star
+from cryosplat.columns import Columns, StarTable, join_optics, read_star
+from cryosplat.csfiles import passthrough_hint, read_fields
 from cryosplat.errors import InputError
 from cryosplat.images import read_header
-from cryosplat.unpickle import read_npy
+from cryosplat.stackpaths import resolve_stacks
 
 _CS_COLUMNS = (
     "blob/idx",
@@ -27,6 +28,11 @@ _CS_COLUMNS = (
     "ctf/cs_mm",
     "ctf/amp_contrast",
     "ctf/phase_shift_rad",
+    "ctf/tilt_A",
+    "ctf/shift_A",
+    "ctf/trefoil_A",
+    "ctf/tetra_A",
+    "ctf/anisomag",
 )
 
 
@@ -63,13 +69,16 @@ class Listing:
         return len(self.stack)
 
 
-def read_listing(path: Path, folders: Sequence[Path], passthrough: Path | None = None) -> Listing:
+def read_listing(
+    path: Path, folders: Sequence[Path], passthroughs: Sequence[Path] = (), prefix: str | None = None
+) -> Listing:
     """Read the list of particles of a .mrcs, .mrc, .star, .cs or .txt file.
 
     Args:
         path: the file.
         folders: where to look for stacks named by relative paths; only a .txt needs them here, to count images.
-        passthrough: a second .cs file with further columns of the same particles; only with a .cs.
+        passthroughs: further .cs files with columns of the same particles; only with a .cs.
+        prefix: ``data.prefix``; only a .txt needs it here.
 
     Raises:
         InputError: missing, another extension, or not what its extension says.
@@ -78,16 +87,16 @@ def read_listing(path: Path, folders: Sequence[Path], passthrough: Path | None =
         ".mrcs": _read_stack_file,
         ".mrc": _read_stack_file,
         ".star": _read_star_file,
-        ".cs": lambda path: _read_cs_file(path, passthrough),
-        ".txt": lambda path: _read_text_file(path, folders),
+        ".cs": lambda path: _read_cs_file(path, passthroughs),
+        ".txt": lambda path: _read_text_file(path, folders, prefix),
     }
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise InputError(f"{path}: data.particles must be a .mrcs, .mrc, .star, .cs or .txt file, not {suffix!r}")
     if not path.is_file():
         raise InputError(f"{path}: no such file (data.particles; relative paths are relative to data_root)")
-    if passthrough is not None and suffix != ".cs":
-        raise InputError(f"data.passthrough={passthrough}: only a .cs file has one, and data.particles is {path}")
+    if passthroughs and suffix != ".cs":
+        raise InputError(f"data.passthrough={passthroughs[0]}: only a .cs file has one, and data.particles is {path}")
     try:
         listing = readers[suffix](path)
     except (OSError, UnicodeDecodeError) as error:
@@ -95,48 +104,6 @@ def read_listing(path: Path, folders: Sequence[Path], passthrough: Path | None =
     if not len(listing):
         raise InputError(f"{path}: lists no particles")
     return listing
-
-
-def resolve_stacks(path: Path, names: Sequence[str], stack: np.ndarray, folders: Sequence[Path]) -> tuple[Path, ...]:
-    """Find the stacks ``names`` that the file ``path`` lists.
-
-    A stack is looked for under its full relative path in every folder, then
-    under its bare name there, for stacks that were copied together.
-
-    Args:
-        stack: (n,) index into ``names`` of every row, for the message.
-
-    Raises:
-        InputError: stacks are missing, or two different ones are found in the same file by their bare names.
-    """
-    found = [_find(name, folders) for name in names]
-    missing = [index for index, place in enumerate(found) if place is None]
-    if missing:
-        concerned = np.flatnonzero(np.isin(stack, missing))
-        raise InputError(
-            f"{path}: {len(missing)} of {len(names)} stacks do not exist, for {len(concerned)} of {len(stack)} rows; "
-            f"the first is {names[stack[concerned[0]]]!r}, looked for under {', '.join(map(str, folders))}. "
-            "Set data.datadir to the folder that the names are relative to"
-        )
-    by_bare_name: dict[Path, str] = {}
-    for name, (place, bare) in zip(names, found, strict=True):
-        if bare and by_bare_name.setdefault(place, name) != name:
-            raise InputError(
-                f"{path}: {by_bare_name[place]!r} and {name!r} would both be read from {place}; keep them in their "
-                "folders and set data.datadir to the folder that the names are relative to"
-            )
-    return tuple(place for place, _ in found)
-
-
-def _find(name: str, folders: Sequence[Path]) -> tuple[Path, bool] | None:
-    """The stack's path, and whether only its bare name led there."""
-    for folder in folders:
-        if (folder / name).is_file():  # an absolute name stands for itself
-            return folder / name, False
-    for folder in folders:
-        if (folder / Path(name).name).is_file():
-            return folder / Path(name).name, True
-    return None
 
 
 def _number(values: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -152,18 +119,18 @@ def _read_stack_file(path: Path) -> Listing:
     return Listing(path, (str(path),), np.zeros(count, np.int32), np.arange(count), np.full(count, -1))
 
 
-def _read_text_file(path: Path, folders: Sequence[Path]) -> Listing:
+def _read_text_file(path: Path, folders: Sequence[Path], prefix: str | None) -> Listing:
     """A .txt with the name of a stack on every line; all images of all of them, in that order."""
     names, line_stack = _number(line.strip() for line in path.read_text().splitlines() if line.strip())
-    counts = np.array([read_header(place).images for place in resolve_stacks(path, names, line_stack, folders)], int)
+    places = resolve_stacks(path, names, line_stack, folders, prefix)
+    counts = np.array([read_header(place).images for place in places], int)
     slices = [np.arange(counts[index]) for index in line_stack]
     stack = np.repeat(line_stack, counts[line_stack]) if len(line_stack) else line_stack
     return Listing(path, names, stack, np.concatenate(slices) if slices else np.zeros(0, int), np.full(len(stack), -1))
 
 
-def _read_cs_file(path: Path, passthrough: Path | None) -> Listing:
-    own = _cs_fields(path, "particle .cs file")
-    fields = own if passthrough is None else _merge(path, own, passthrough)
+def _read_cs_file(path: Path, passthroughs: Sequence[Path]) -> Listing:
+    fields, sources = read_fields(path, passthroughs)
     if not {"blob/path", "blob/idx"} <= set(fields):
         raise InputError(f"{path}: not a particle .cs file: it has no blob/path and blob/idx{passthrough_hint(path)}")
     raw, which = np.unique(fields["blob/path"], return_inverse=True)
@@ -181,15 +148,9 @@ def _read_cs_file(path: Path, passthrough: Path | None) -> Listing:
     size = columns.take("blob/psize_A").round(6) if "blob/psize_A" in columns else None
     box = columns.take("blob/shape", shape=(2,))[:, 0] if "blob/shape" in columns else None
     slices = _cs_integers(columns, "blob/idx")
-    name = "alignments3D/split" if "alignments3D/split" in own else f"alignments3D/split (of {passthrough})"
+    name, source = "alignments3D/split", sources.get("alignments3D/split", path)
+    name = name if source == path else f"{name} (of {source})"
     return Listing(path, names, place[which], slices, group, half, name, size, box, columns)
-
-
-def _cs_fields(path: Path, what: str) -> dict[str, np.ndarray]:
-    table = read_npy(path)
-    if table.ndim != 1 or not table.dtype.names:
-        raise InputError(f"{path}: not a {what}: it has no blob/path and blob/idx, nor any other column")
-    return {name: table[name] for name in table.dtype.names}
 
 
 def _cs_integers(columns: Columns, name: str) -> np.ndarray:
@@ -198,38 +159,9 @@ def _cs_integers(columns: Columns, name: str) -> np.ndarray:
     return columns.take(name).astype(np.int64)
 
 
-def _merge(path: Path, fields: dict[str, np.ndarray], passthrough: Path) -> dict[str, np.ndarray]:
-    """The columns of ``path`` and, of the same particles (by uid), those that only ``passthrough`` has."""
-    others = _cs_fields(passthrough, "passthrough .cs file")
-    for file, columns in ((path, fields), (passthrough, others)):
-        if "uid" not in columns or columns["uid"].dtype.kind not in "iu" or columns["uid"].ndim != 1:
-            raise InputError(
-                f"{file}: no column uid of whole numbers, by which data.particles and data.passthrough are merged"
-            )
-    order = np.argsort(others["uid"], kind="stable")
-    known = others["uid"][order]
-    if (known[1:] == known[:-1]).any():
-        row = order[1:][known[1:] == known[:-1]][0]
-        raise InputError(f"{passthrough}: row {row} repeats the uid {others['uid'][row]}; export the file again")
-    place = np.minimum(np.searchsorted(known, fields["uid"]), max(len(known) - 1, 0))
-    lacking = np.flatnonzero(known[place] != fields["uid"]) if len(known) else np.arange(len(fields["uid"]))
-    if len(lacking):
-        raise InputError(
-            f"{passthrough}: it lacks {len(lacking)} of the {len(fields['uid'])} particles of {path}, the first in row "
-            f"{lacking[0]} (uid {fields['uid'][lacking[0]]}); give the passthrough file of the same job"
-        )
-    return fields | {name: values[order[place]] for name, values in others.items() if name not in fields}
-
-
-def passthrough_hint(path: Path) -> str:
-    """What to try where a .cs file lacks columns: the passthrough file beside it, if there is one."""
-    beside = sorted(path.parent.glob("*passthrough*.cs"))
-    found = f"data.passthrough={beside[0]}" if beside and beside[0] != path else "its job's passthrough file"
-    return f"; what a .cs file lacks is often in {found} (data.passthrough names one more file, merged by uid)"
-
-
 def _read_star_file(path: Path) -> Listing:
     tables = read_star(path)
+    _require_single_particles(path, tables)
     particles = next((table for table in tables.values() if "_rlnImageName" in table.text), None)
     if particles is None:
         raise InputError(f"{path}: no table with a column _rlnImageName; it is not a star file of particles")
@@ -253,6 +185,15 @@ def _read_star_file(path: Path) -> Listing:
     box = columns.take("_rlnImageSize") if "_rlnImageSize" in columns else None
     size = _star_pixel_size(columns)
     return Listing(path, names, stack, slices, group, half, "rlnRandomSubset", size, box, columns)
+
+
+def _require_single_particles(path: Path, tables: Mapping[str, StarTable]) -> None:
+    tomographic = [name for table in tables.values() for name in table.names if name.startswith("_rlnTomo")]
+    if tomographic:
+        raise InputError(
+            f"{path}: a star file of tomography (column {tomographic[0]}): its particles are subtomograms or tilt "
+            "series, and cryosplat takes single-particle images only, one pose and one CTF an image"
+        )
 
 
 def _star_pixel_size(columns: Columns) -> np.ndarray | None:

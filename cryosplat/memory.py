@@ -15,9 +15,9 @@ import torch
 
 from cryosplat import distributed
 from cryosplat.backprojection import PADDING
-from cryosplat.dataset import IMAGES_PER_READ
 from cryosplat.errors import InputError
 from cryosplat.gaussians import NUMBERS
+from cryosplat.imageprep import IMAGES_PER_READ
 from cryosplat.particles import ParticleTable
 from cryosplat.quadratic import MARGIN as FIT_MARGIN
 from cryosplat.quadratic import fast_size

@@ -90,6 +90,7 @@ class Monitor:
         start_step: steps done already, 0 for a new run.
         resumed: go on with the files that are there. Without it, a run directory with metrics is refused.
         quiet: no progress on the terminal; run.log has it all the same.
+        preface: what was said before there was a run.log, and is to be in it.
 
     Raises:
         InputError (also from every method): a file cannot be written (full disk), or is there and not ``resumed``.
@@ -102,6 +103,7 @@ class Monitor:
         start_step: int = 0,
         resumed: bool = False,
         quiet: bool = False,
+        preface: Sequence[str] = (),
     ):
         self._run_dir = Path(run_dir)
         self._total_steps, self._start_step, self._quiet = total_steps, start_step, quiet
@@ -120,6 +122,8 @@ class Monitor:
         self._begin = time.monotonic()
         self._clock_zero = self._begin - seconds_before
         self._next_line = self._begin
+        for line in preface:
+            self._log_file.handle(logging.makeLogRecord({"msg": line, "levelno": logging.INFO, "levelname": "INFO"}))
         if resumed:
             logger.info("resumed after step %d of %d", start_step, total_steps)
 

@@ -5,7 +5,7 @@ and named with its file and row (counted from 0).
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +22,27 @@ from cryosplat.alignments import (
     table_invert,
     table_poses,
 )
+from cryosplat.config import path_names
 from cryosplat.conventions import rescaled_pixel_size
 from cryosplat.errors import InputError
-from cryosplat.halves import assign_halves, hold_out
+from cryosplat.halves import assign_halves, first_copies, hold_out
 from cryosplat.images import ImageReader, StackHeader, read_header
-from cryosplat.listing import Listing, read_listing, resolve_stacks
+from cryosplat.listing import Listing, read_listing
+from cryosplat.optics import Optics, read_optics
+from cryosplat.opticsnotes import corrections, warnings
 from cryosplat.settings import NO_CTF, DataConfig
+from cryosplat.stackpaths import resolve_stacks
 from cryosplat.unpickle import read_integers
 
 _LOG = logging.getLogger("cryosplat")
 
 CALIBRATION_TOLERANCE = 1e-2
 """Relative difference of A/px between files from which it is more than a calibration of the microscope."""
+
+
+LARGEST_SPREAD = 0.1
+"""Relative difference of A/px from their mean up to which images of several A/px make one map: a projection is scaled,
+images are not resampled. Their grey levels are taken for equal, though physics makes them differ by twice as much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +52,21 @@ class ParticleTable:
     Attributes:
         images: where the pixels are.
         box: px, size D of the stored images.
-        pixel_size_a: A/px of the stored images.
-        rotations: (N, 3, 3) float64, x_image = R x_volume.
+        pixel_size_a: A/px of the map in the stored box, and of the images but for those of other optics groups.
+        rotations: (N, 3, 3) float64, x_image = R x_volume, without magnification.
         shifts: (N, 2) float64, fractions of the box, cryoDRGN's sign (see conventions).
         ctf: (N, 7) float64, or None for images without a CTF: defocus U and V (A), astigmatism angle (rad),
-            voltage (kV), Cs (mm), amplitude contrast, phase shift (rad).
+            voltage (kV), Cs (mm), amplitude contrast, phase shift (rad); with the aberrations that these can hold.
         half: (N,) int8, 0 for half a and 1 for half b.
         half_origin: a sentence that says where the halves come from.
+        half_from: "column" of the input, "file" (data.halves), or drawn by "micrograph" or "particle".
         rows: (N,) int64, row in the file that ``data.particles`` names.
+        listed: particles in that file.
         group: (N,) int64, micrograph, or -1 where unknown.
         held_out: (N,) bool, images that nothing may be trained on and no statistic be taken from.
-        invert: true for particles white on dark.
+        invert: true for particles white on dark, as far as the input says; the images have the last word (``sign``).
+        sign_origin: what says so: "data.invert", or a column of the file; empty if nothing does.
+        optics: what else is known of the optics, or None if there is nothing else.
     """
 
     images: ImageReader
@@ -68,6 +81,10 @@ class ParticleTable:
     group: np.ndarray
     held_out: np.ndarray
     invert: bool = True
+    sign_origin: str = ""
+    half_from: str = ""
+    listed: int = 0
+    optics: Optics | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,6 +92,21 @@ class ParticleTable:
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Raw pixels of the particles ``ids`` (n,), float32 (n, D, D); fastest for ids in order."""
         return self.images.read(ids)
+
+    def with_copies_together(self, same: np.ndarray) -> "ParticleTable":
+        """The same particles, copies of an image all in one half and all held out or none.
+
+        Args:
+            same: (N,) equal for copies.
+
+        Raises:
+            InputError: a half has no particles left.
+        """
+        first = first_copies(same, self.images.stack, self.images.slices)
+        half = self.half[first]
+        if len(np.unique(half)) < 2:
+            raise InputError(f"{self.images.table}: all {len(half)} images are copies; two halves need different ones")
+        return replace(self, half=half, held_out=self.held_out[first])
 
     def location(self, particle: int) -> str:
         """File and image of a particle, for messages."""
@@ -85,48 +117,84 @@ class ParticleTable:
         self.images.require_finite(images, ids)
 
 
-def read_particles(config: DataConfig, data_root: str | Path, seed: int, half_maps: bool = True) -> ParticleTable:
+def read_particles(
+    config: DataConfig, data_root: str | Path, seed: int, half_maps: bool = True, listing: Listing | None = None
+) -> ParticleTable:
     """Read and check everything about the particles but their pixels.
 
     Args:
         config: which files; relative paths are relative to ``data_root``.
         seed: of the split into halves, if the input has none.
         half_maps: whether both halves are needed.
+        listing: ``list_particles`` of the same, if it is there already.
 
     Raises:
         InputError: anything wrong with the files, with the fix.
     """
     root = Path(data_root).expanduser()
-    path = _path(root, config.particles)
-    if path is None:
-        raise InputError("data.particles is not set")
-    datadir = _path(root, config.datadir)
-    if datadir is not None and not datadir.is_dir():
-        raise InputError(f"data.datadir: {datadir} is not a folder")
-    # RELION's paths are relative to its project, so data_root is the second guess.
-    folders = [datadir] if datadir is not None else list(dict.fromkeys([path.parent, root]))
-    listing = read_listing(path, folders, _path(root, config.passthrough))
-    rows = _select(listing, _path(root, config.indices), config.first)
-    images, headers = _open_images(listing, rows, folders)
+    listing = list_particles(config, root) if listing is None else listing
+    folders = stack_folders(config, root)
+    rows = select_rows(config, root, listing)
+    images, headers = open_images(listing, rows, folders, config.prefix)
     ctf, pixel_size_a = _read_ctf(config, root, listing, rows, images.box)
-    pixel_size_a = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
+    pixel_size_a, sizes = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
     rotations, shifts = _read_poses(config, root, listing, rows, images.box, pixel_size_a)
+    optics = read_optics(listing, rows, images.box, pixel_size_a, sizes, ctf)
+    for note in corrections(optics):
+        _LOG.info("%s: %s", listing.path, note)
+    for note in warnings(listing, rows, images.box, pixel_size_a, ctf):
+        _LOG.warning("%s: %s", listing.path, note)
     halves, poses = _path(root, config.halves), _path(root, config.poses)
-    half, half_origin = assign_halves(listing, rows, halves, seed, half_maps, poses)
+    half, half_from, half_origin = assign_halves(listing, rows, halves, seed, half_maps, poses)
+    invert, sign_origin = _invert(config.invert, listing, rows)
     return ParticleTable(
         images=images,
         box=images.box,
         pixel_size_a=pixel_size_a,
         rotations=rotations,
         shifts=shifts,
-        ctf=ctf,
+        ctf=ctf if ctf is None or optics is None else optics.ctf(ctf),
         half=half,
         half_origin=half_origin,
+        half_from=half_from,
+        listed=len(listing),
         rows=rows,
         group=listing.group[rows],
         held_out=hold_out(listing, rows, half, config.holdout, seed),
-        invert=_invert(config.invert, listing, rows),
+        invert=invert,
+        sign_origin=sign_origin,
+        optics=optics,
     )
+
+
+def list_particles(config: DataConfig, data_root: str | Path) -> Listing:
+    """The file that ``data.particles`` names, with those of ``data.passthrough``, before anything else is looked at.
+
+    Raises:
+        InputError: it is not set, or cannot be read.
+    """
+    root = Path(data_root).expanduser()
+    path = _path(root, config.particles)
+    if path is None:
+        raise InputError("data.particles is not set")
+    passthroughs = [root / Path(name).expanduser() for name in path_names(config, "passthrough")]
+    return read_listing(path, stack_folders(config, root), passthroughs, config.prefix)
+
+
+def stack_folders(config: DataConfig, data_root: str | Path) -> list[Path]:
+    """Where stacks are looked for.
+
+    Raises:
+        InputError: ``data.datadir`` is not a folder.
+    """
+    root = Path(data_root).expanduser()
+    datadir = _path(root, config.datadir)
+    if datadir is None:
+        # RELION's paths are relative to its project, so data_root is the second guess.
+        return list(dict.fromkeys([_path(root, config.particles).parent, root]))
+    if not datadir.is_dir():
+        raise InputError(f"data.datadir: {datadir} is not a folder")
+    return [datadir]
 
 
 def _read_poses(
@@ -163,20 +231,25 @@ def _read_ctf(
     return check_ctf(path, columns[rows], rows, box)
 
 
-def _invert(asked: bool | None, listing: Listing, rows: np.ndarray) -> bool:
-    """``data.invert`` if that is set, else what the listing says, else true, as cryoDRGN has it."""
-    if asked is None:
-        said = table_invert(listing, rows)
-        return True if said is None else said
-    return asked
+def _invert(asked: bool | None, listing: Listing, rows: np.ndarray) -> tuple[bool, str]:
+    """``data.invert`` if that is set, else what the listing says, else true, as cryoDRGN has it; and what said so."""
+    if asked is not None:
+        return asked, "data.invert"
+    said = table_invert(listing, rows)
+    return (True, "") if said is None else (said, f"blob/sign of {listing.path}")
 
 
 def _path(root: Path, name: str | None) -> Path | None:
     return root / Path(name).expanduser() if name else None
 
 
-def _select(listing: Listing, indices: Path | None, first: int | None) -> np.ndarray:
-    """Rows in use, int64 (n,): ``data.indices`` in their order, then the first ``data.first`` of them."""
+def select_rows(config: DataConfig, data_root: str | Path, listing: Listing) -> np.ndarray:
+    """Rows in use, int64 (n,): ``data.indices`` in their order, then the first ``data.first`` of them.
+
+    Raises:
+        InputError: rows that there are not, or none.
+    """
+    indices, first = _path(Path(data_root).expanduser(), config.indices), config.first
     rows = np.arange(len(listing), dtype=np.int64)
     if indices is not None:
         rows = read_integers(indices)
@@ -199,14 +272,16 @@ def _select(listing: Listing, indices: Path | None, first: int | None) -> np.nda
     return rows
 
 
-def _open_images(listing: Listing, rows: np.ndarray, folders: list[Path]) -> tuple[ImageReader, list[StackHeader]]:
+def open_images(
+    listing: Listing, rows: np.ndarray, folders: list[Path], prefix: str | None
+) -> tuple[ImageReader, list[StackHeader]]:
     """Find and check the stacks of the rows in use; stacks of other rows need not exist."""
     used, stack = np.unique(listing.stack[rows], return_inverse=True)
     names = [listing.names[index] for index in used]
     if names == [str(listing.path)]:
         paths = (listing.path,)
     else:
-        paths = resolve_stacks(listing.path, names, stack, folders)
+        paths = resolve_stacks(listing.path, names, stack, folders, prefix)
     headers = [read_header(path) for path in paths]
     for path, header in zip(paths, headers, strict=True):
         if header.box != headers[0].box:
@@ -240,8 +315,13 @@ def _check_count(path: Path, what: str, values: np.ndarray, listing: Listing, ro
 
 def _pixel_size(
     asked: float | None, from_ctf: float | None, listing: Listing, rows: np.ndarray, headers: list[StackHeader]
-) -> float:
-    """A/px of the stored images: from ``data.ctf``, else ``data.pixel_size``, else the listing, else the stacks."""
+) -> tuple[float, np.ndarray | None]:
+    """A/px of the stored images: from ``data.ctf``, else ``data.pixel_size``, else the listing, else the stacks.
+
+    Returns:
+        It, and where the listing has several, which are near each other, the A/px (n,) of each image. It is then that
+        of the most images, the smaller one of two.
+    """
     if asked is not None and not 0 < asked < np.inf:
         raise InputError(f"data.pixel_size is {asked}; it must be positive (A/px of the stored images)")
     listed = _listed_pixel_sizes(listing, rows, headers[0].box)
@@ -252,14 +332,20 @@ def _pixel_size(
                 "data.pixel_size, or mend the file"
             )
         _warn_of_other_pixel_size(from_ctf, "data.ctf", listing, listed)
-        return from_ctf
-    if listed is not None:
-        _require_one_pixel_size(listing, rows, listed)
+        return from_ctf, None
+    if listed is not None and np.ptp(listed) > PIXEL_SIZE_TOLERANCE * listed[0]:
+        _require_near_pixel_sizes(asked, listing, rows, listed)
+        sizes, count = np.unique(listed.round(6), return_counts=True)
+        return float(sizes[np.argmax(count)]), listed
     if asked is not None:
         _warn_of_other_pixel_size(asked, "data.pixel_size", listing, listed)
-        return asked
+        return asked, None
     if listed is not None:
-        return round(float(listed[0]), 6)
+        return round(float(listed[0]), 6), None
+    return _pixel_size_of_headers(listing, headers), None
+
+
+def _pixel_size_of_headers(listing: Listing, headers: list[StackHeader]) -> float:
     sizes = np.array([header.pixel_size_a for header in headers])
     # 1 A/px is what programs write into the header of a stack when they do not know.
     if ((sizes > 0) & (np.abs(sizes - 1) > 1e-6) & np.isfinite(sizes)).all():
@@ -286,11 +372,14 @@ def _listed_pixel_sizes(listing: Listing, rows: np.ndarray, box: int) -> np.ndar
     return rescaled_pixel_size(sizes, listing.box[rows], box)
 
 
-def _require_one_pixel_size(listing: Listing, rows: np.ndarray, sizes: np.ndarray) -> None:
-    if np.ptp(sizes) <= PIXEL_SIZE_TOLERANCE * sizes[0]:
+def _require_near_pixel_sizes(asked: float | None, listing: Listing, rows: np.ndarray, sizes: np.ndarray) -> None:
+    near = np.abs(sizes / sizes.mean() - 1).max() <= LARGEST_SPREAD
+    if near and asked is None:
         return
-    found = f"A/px from {sizes.min():.6g} to {sizes.max():.6g}"
-    message = f"{listing.path}: {found}; particles of one run must have the same A/px"
+    message = f"{listing.path}: A/px from {sizes.min():.6g} to {sizes.max():.6g}"
+    if near:
+        raise InputError(f"{message}, so that data.pixel_size={asked:g} cannot stand for all; leave it out")
+    message += f"; particles of one run must have the same A/px to {LARGEST_SPREAD:.0%} of the mean"
     columns = listing.columns
     if columns is not None and columns.group is not None:
         groups, first = np.unique(columns.group[rows], return_index=True)
@@ -299,7 +388,7 @@ def _require_one_pixel_size(listing: Listing, rows: np.ndarray, sizes: np.ndarra
             for group, place in zip(groups.tolist(), first.tolist(), strict=True)
         ]
         message += f"; optics groups: {', '.join(words)}"
-    raise InputError(f"{message}. Choose those of one A/px with data.indices, or resample all stacks to one A/px")
+    raise InputError(f"{message}. Choose those of near A/px with data.indices, or resample all stacks to one A/px")
 
 
 def _warn_of_other_pixel_size(pixel_size_a: float, source: str, listing: Listing, listed: np.ndarray | None) -> None:

@@ -9,10 +9,12 @@ from cryosplat.backprojection import LinearHalf, back_project, linear_half
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.evaluation import Comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
-from cryosplat.linearmaps import LinearMaps, linear_maps, require_sign, require_signal
+from cryosplat.halves import DRAWN
+from cryosplat.linearmaps import LinearMaps, linear_maps, require_signal
 from cryosplat.particles import ParticleTable
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
+from cryosplat.sign import Sign, find_sign
 
 logger = logging.getLogger("cryosplat.train")
 
@@ -29,11 +31,13 @@ class Preparation:
         cache: where images are held, "device" or "host".
 
     Attributes:
+        table, plan: all particles and who owns which, in halves that share no image if they were drawn.
         dataset: the rank's images, read.
         same: (N,) for every particle the first one whose image it shares.
         shared: images with copies in both halves.
         noise: (2, S) radial noise power of either half.
         weights: (2, D, D//2+1) that whiten it, if that was asked for.
+        sign: of the data.
         held_out: the likelihood of held-out images, on rank 0, once images were back-projected.
 
     Raises:
@@ -41,19 +45,28 @@ class Preparation:
     """
 
     def __init__(self, config: Config, world: distributed.World, table: ParticleTable, plan: BatchPlan, cache: str):
-        self.config, self.world, self.plan, data = config, world, plan, config.data
-        owned = np.flatnonzero(plan.owner(world.size) == world.rank)
+        self.config, self.world, self.table, self.plan, self._cache = config, world, table, plan, cache
         if world.is_main:
             logger.info(
                 "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
             )
-        where = {"device": world.device, "cache": cache}
-        self.dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
-        logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), self.dataset.bytes_in_memory / 2**30)
+        self.dataset = self._read()
         self.held_out = None
 
+    def _read(self) -> ParticleDataset:
+        table, data, world = self.table, self.config.data, self.world
+        owned = np.flatnonzero(self.plan.owner(world.size) == world.rank)
+        where = {"device": world.device, "cache": self._cache}
+        dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
+        logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
+        return dataset
+
     def share_statistics(self) -> None:
-        """Bring the images of all ranks to one scale; a collective."""
+        """Bring the images of all ranks to one scale; a collective.
+
+        Where halves were drawn and turn out to share images, under other names, copies are brought together in one
+        half and the images read again, in the new halves: these share no statistic, whatever was read before.
+        """
         mine = self.dataset.statistics
         # Every particle's numbers come from its one owner, so the sums are exact.
         numbers, deviation, power, count = distributed.sum_arrays(
@@ -61,11 +74,42 @@ class Preparation:
         )
         self.same = same_images(numbers)
         self.shared = images_in_both_halves(self.same, self.dataset.half)
+        if self.shared and self.config.maps.halves and self.table.half_from in DRAWN:
+            if self.world.is_main:
+                logger.warning(
+                    "%d images have copies in both halves, as these were drawn: all copies go to one half, and the "
+                    "images are read again",
+                    self.shared,
+                )
+            self.dataset = None  # its memory is needed
+            self.table = self.table.with_copies_together(self.same)
+            self.plan = BatchPlan(self.table.half, self.plan.batch, self.plan.seed, self.table.held_out)
+            self.dataset = distributed.together(self._read, self.world)
+            self.share_statistics()
+            return
         if self.shared and self.world.is_main:
             logger.warning("%d images have copies in both halves: the half maps are not independent", self.shared)
         self.dataset.normalise(deviation)
         self.noise = radial_noise(power, count)
         self.weights = noise_weights(power, count, self.dataset.box) if self.config.train.whiten else None
+
+    def find_sign(self, state: dict | None) -> None:
+        """Have the images in the sign that they turn out to be, or that a run which goes on was begun with.
+
+        Args:
+            state: of that run; None: a new one.
+
+        Raises:
+            InputError: ``data.invert`` is set and clearly wrong.
+        """
+        data, table = self.config.data, self.table
+        if state is None:
+            check = data.check_sign and data.null == "none"
+            self.sign = find_sign(self.dataset, table, self.noise, self.world, self.config.train.seed, check)
+        else:
+            # Runs of before it was stored used what the input said, and stopped if the images did not agree.
+            self.sign = Sign(**state["sign"]) if "sign" in state else Sign(table.invert, 0.0, "")
+            self.dataset.set_sign(self.sign.invert)
 
     def make_null(self) -> None:
         """Take the signal out of the images, for a null test, if that was asked for."""
@@ -88,7 +132,7 @@ class Preparation:
             The reconstructions and, with halves, what becomes of them; on rank 0. None if a run needs none.
 
         Raises:
-            InputError: images of the wrong sign, or halves that agree on nothing.
+            InputError: halves that agree on nothing.
         """
         world, dataset, plan = self.world, self.dataset, self.plan
         halves, fits = self.config.maps.halves, self.config.volume.steps > 0
@@ -112,8 +156,6 @@ class Preparation:
     def _look_at(self, halves: tuple[LinearHalf, ...], comparison: Comparison, checked: bool) -> LinearMaps | None:
         """Make the linear maps of the halves, and see whether they are worth fitting anything to."""
         data, linear = self.config.data, None
-        if checked and data.check_sign and self.config.volume.steps:
-            require_sign(halves)
         if self.config.maps.halves:
             linear = linear_maps(halves, self.dataset.pixel_size_a, comparison.mask, f"data.mask={data.mask}")
         if checked and data.check_signal and linear is not None:

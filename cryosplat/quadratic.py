@@ -126,19 +126,6 @@ class QuadraticForm:
         return float(torch.sum(self.data * volume) / torch.sum(volume * self.convolved(volume)))
 
 
-def sign_certainty(equations: NormalEquations, spread: float) -> float:
-    """How sure the images are that density at the centre is positive, in standard errors.
-
-    Their correlation with a round Gaussian of standard deviation ``spread`` (fraction of the box).
-    """
-    side = 2 * (equations.box // 2)
-    form = equations.within(side)
-    square = ((torch.arange(side, device=form.data.device) - side // 2) / (spread * equations.box)) ** 2
-    blob = torch.exp(-0.5 * (square[:, None, None] + square[:, None] + square))
-    power = float(torch.sum(blob * form.convolved(blob)))
-    return float(torch.sum(blob * form.data)) / math.sqrt(power) if power > 0 else 0.0
-
-
 def _lags(side: int, length: int, device: torch.device) -> Tensor:
     """Where the lags -side/2 .. side/2 - 1 lie along an axis of ``length`` in FFT order, in FFT order themselves."""
     half = side // 2

@@ -102,7 +102,7 @@ class Reconstruction(nn.Module):
         return images.reshape(views, len(batch.half), self.box, self.box)
 
     def _filters(self, batch: Batch) -> Tensor | None:
-        return None if batch.ctf is None else ctf_image(batch.ctf, self.box, self.pixel_size_a)
+        return None if batch.ctf is None else ctf_image(batch.ctf, self.box, self.pixel_size_a, batch.phases)
 
     def _sum_by_model(self, losses: Tensor, half: Tensor) -> Tensor:
         full = losses[0].sum()
@@ -112,11 +112,10 @@ class Reconstruction(nn.Module):
         return torch.stack([full, *(torch.where(half == h, losses[1], zero).sum() for h in (0, 1))])
 
     @torch.no_grad()
-    def fit_unit(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over a batch for the least-squares scale of each model: <X, Y>, <X, X> and <X, Y>^2, each (M,).
+    def fit_unit(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums over a batch for the least-squares scale of each model: <X, Y> and <X, X>, each (M,).
 
-        X is the prediction with ``unit`` 1 and Y the image, so the scale is sum <X, Y> / sum <X, X>; the
-        third sum gives the spread of <X, Y> between particles, hence how sure its sign is.
+        X is the prediction with ``unit`` 1 and Y the image, so the scale is sum <X, Y> / sum <X, X>.
         """
         predicted, images = self.predict(batch), batch.images
         if self.whitening is not None:
@@ -125,4 +124,4 @@ class Reconstruction(nn.Module):
         both_mates[:: self.box // 2] = 1.0
         xy = ((predicted * images.conj()).real * both_mates).sum((-2, -1))
         xx = (predicted.abs().square() * both_mates).sum((-2, -1))
-        return tuple(self._sum_by_model(term, batch.half) for term in (xy, xx, xy.square()))
+        return tuple(self._sum_by_model(term, batch.half) for term in (xy, xx))

@@ -33,6 +33,9 @@ MAY_CHANGE = (
 )
 """Settings that do not change what a run computes, so that it may be resumed with others."""
 
+HALVES = "halves.npy"
+"""The half of every particle, as ``data.halves`` takes it."""
+
 JOBS = "jobs"
 """Folder of launch/submit.py in a run directory: its logs and the code that it runs. It alone makes no run."""
 
@@ -128,7 +131,7 @@ def begin_run(config: Config, run: RunState, lock: RunLock) -> None:
 
 def give_up_run(run: RunState, lock: RunLock) -> None:
     """Take away a run that was begun and is refused after all, with settings that are to be mended."""
-    for path in [*run.checkpoints.glob("*.pt"), run.folder / "config.yaml"]:
+    for path in [*run.checkpoints.glob("*.pt"), run.folder / HALVES, run.folder / "config.yaml"]:
         path.unlink(missing_ok=True)
     lock.release()
     for folder in (run.checkpoints, run.folder):

@@ -31,7 +31,7 @@ class BatchPlan:
     def __init__(self, half: np.ndarray, batch: int, seed: int, held_out: np.ndarray | None = None):
         self.half = np.asarray(half)
         self.held_out = np.zeros(len(self.half), dtype=bool) if held_out is None else np.asarray(held_out)
-        self.seed = seed
+        self.batch, self.seed = batch, seed
         self.particles = int((~self.held_out).sum())
         self.batches = max(1, -(-self.particles // batch))
         self.shard = np.empty(len(self.half), dtype=np.int64)

@@ -10,10 +10,11 @@ class DataConfig:
     """Where the particles are and how they are read."""
 
     particles: str = ""  # .mrcs, .star, .cs or .txt
-    passthrough: str | None = None  # second .cs file with further columns of the same particles
+    passthrough: str | None = None  # further .cs files with columns of the same particles, separated by commas
     poses: str | None = None  # cryoDRGN's poses.pkl; none: those of the .star or .cs file
     ctf: str | None = None  # cryoDRGN's ctf.pkl, or NO_CTF; none: that of the .star or .cs file, if it has one
     datadir: str | None = None  # folder of the stacks that a .star or .cs names
+    prefix: str | None = None  # old=new: how names of stacks begin, and are to begin; several separated by commas
     indices: str | None = None  # subset of rows, .pkl or .npy of integers
     halves: str | None = None  # half set of every particle (0 or 1), .pkl or .npy; none: from the input or drawn
     first: int | None = None  # use only the first particles
@@ -201,6 +202,9 @@ NO_CTF = "none"
 
 INPUTS = ("particles", "passthrough", "poses", "ctf", "datadir", "indices", "halves", "truth", "mask")
 """The settings under ``data`` that are paths."""
+
+LISTS = ("data.passthrough", "data.prefix")
+"""Settings that may be several words, separated by commas or, in YAML, a list."""
 
 WITH_POSES = (".star", ".cs")
 """Extensions of tables that may have poses of their own."""

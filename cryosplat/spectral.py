@@ -36,7 +36,7 @@ def spectral_losses(images: Tensor, batch: Batch, whitening: Tensor | None, pixe
         pixel_size_a: A/px.
     """
     data = (batch.stored, batch.rows, batch.gain, batch.ctf, batch.half)
-    return _SpectralLoss.apply(images, *data, whitening, pixel_size_a)
+    return _SpectralLoss.apply(images, *data, whitening, pixel_size_a, batch.phases)
 
 
 class _SpectralLoss(torch.autograd.Function):
@@ -44,11 +44,11 @@ class _SpectralLoss(torch.autograd.Function):
     a full complex one of zero-padded spectra."""
 
     @staticmethod
-    def forward(ctx, images, stored, rows, gain, ctf, half, whitening, pixel_size_a):
+    def forward(ctx, images, stored, rows, gain, ctf, half, whitening, pixel_size_a, phases):
         ctx.box = images.shape[-1]
         data = (stored, rows, gain, ctf, half, whitening, ctx.box, pixel_size_a)
         spectra = half_spectra(images)
-        losses = torch.ops.cryosplat.spectral_residual(spectra, *data, ctx.needs_input_grad[0])
+        losses = torch.ops.cryosplat.spectral_residual(spectra, *data, ctx.needs_input_grad[0], phases)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(spectra)
         return losses
@@ -61,7 +61,7 @@ class _SpectralLoss(torch.autograd.Function):
         else:
             gradient = torch.fft.irfft2(residual, s=(ctx.box, ctx.box), norm="ortho")
             gradient.mul_((2 / ctx.box**2) * grad_losses[..., None, None])
-        return gradient, None, None, None, None, None, None, None
+        return gradient, *(None,) * 8
 
 
 @torch.library.custom_op("cryosplat::spectral_residual", mutates_args=("spectra",), device_types="cpu")
@@ -76,10 +76,15 @@ def _spectral_residual(
     box: int,
     pixel_size_a: float,
     adjoint: bool,
+    phases: Tensor | None = None,
 ) -> Tensor:
     """Losses (views, B); ``spectra`` (views, B, D, D//2+1), X before, is f (f X - w Y) after, if ``adjoint``."""
+    return _in_pytorch(spectra, stored, rows, gain, ctf, half, whitening, box, pixel_size_a, adjoint, phases)
+
+
+def _in_pytorch(spectra, stored, rows, gain, ctf, half, whitening, box, pixel_size_a, adjoint, phases) -> Tensor:
     observed = torch.view_as_complex(stored[rows].to(gain.dtype)) * gain[:, None, None]
-    filters = None if ctf is None else ctf_image(ctf, box, pixel_size_a)
+    filters = None if ctf is None else ctf_image(ctf, box, pixel_size_a, phases)
     if whitening is not None:
         weights = whitening[half]
         filters = weights if filters is None else filters * weights
@@ -100,12 +105,17 @@ def _power(spectra: Tensor) -> Tensor:
 
 
 @_spectral_residual.register_kernel("cuda")
-def on_gpu(spectra, stored, rows, gain, ctf, half, whitening, box, pixel_size_a, adjoint):
-    """The same by the kernel, which leaves f (f X - w Y) whether it is asked for or not."""
+def on_gpu(spectra, stored, rows, gain, ctf, half, whitening, box, pixel_size_a, adjoint, phases=None):
+    """The same by the kernel, which leaves f (f X - w Y) whether it is asked for or not.
+
+    It knows no phases of aberrations: with these it is done in PyTorch as on the CPU, with images of CTFs in memory.
+    """
+    if phases is not None:
+        return _in_pytorch(spectra, stored, rows, gain, ctf, half, whitening, box, pixel_size_a, adjoint, phases)
     constants = WAVELENGTH_NUMERATOR_A, RELATIVISTIC_PER_VOLT, pixel_size_a
     return cudaops.spectral_residual(spectra, stored, rows, gain, ctf, half, whitening, box, constants)
 
 
 @_spectral_residual.register_fake
-def _(spectra, stored, rows, gain, ctf, half, whitening, box, pixel_size_a, adjoint):
+def _(spectra, stored, rows, gain, ctf, half, whitening, box, pixel_size_a, adjoint, phases=None):
     return spectra.new_empty(spectra.shape[:2], dtype=gain.dtype)

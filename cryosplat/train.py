@@ -23,6 +23,7 @@ from cryosplat.evaluation import Evaluation, evaluate, read_comparison
 from cryosplat.fitkeeping import FitKeeper
 from cryosplat.fscsuite import FscSuite
 from cryosplat.gaussians import GaussianMixture
+from cryosplat.halves import save_halves
 from cryosplat.holdout import HoldOut
 from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
@@ -31,7 +32,7 @@ from cryosplat.preparation import Preparation
 from cryosplat.products import half_map_curves, hardware, log_evaluation, write_products
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runlock import RunLock
-from cryosplat.runs import RunState, begin_run, give_up_run, open_run
+from cryosplat.runs import HALVES, RunState, begin_run, give_up_run, open_run
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
 from cryosplat.trainer import Report, Trainer
@@ -98,9 +99,10 @@ class Run:
         self.memory = distributed.together(lambda: plan_memory(config, table, plan, world, free, grids), world)
         distributed.doing("reading images")
         self.images = images = distributed.together(lambda: self._read_images(table, plan), world)
-        dataset = images.dataset
         self._go_if_asked("nothing is to be saved yet")
         images.share_statistics()
+        table, plan, dataset = images.table, images.plan, images.dataset
+        images.find_sign(run.state)
         self.comparison = distributed.together(
             lambda: read_comparison(config, dataset.box, dataset.pixel_size_a) if world.is_main else None, world
         )
@@ -112,7 +114,7 @@ class Run:
             self._resume()
         else:
             self.trainer = Trainer(world, table, dataset, plan, self._see(self._mixture(None)), settings)
-            self._resume() or self.trainer.set_scale(config.data.check_sign)
+            self._resume() or self.trainer.set_scale()
             # After the grey scale was set: the null's mixtures then move as those of the real images do.
             distributed.together(images.make_null, world)
             self._back_project()
@@ -123,9 +125,13 @@ class Run:
         """Make the run directory of a new run, if it is not made yet."""
         begun, self.begun = self.begun, True
         if not begun:
-            distributed.together(
-                lambda: begin_run(self.config, self.run, self.lock) if self.world.is_main else None, self.world
-            )
+            distributed.together(lambda: self._make_folder() if self.world.is_main else None, self.world)
+
+    def _make_folder(self) -> None:
+        begin_run(self.config, self.run, self.lock)
+        table = self.images.table
+        if self.config.maps.halves:
+            save_halves(self.run.folder / HALVES, table.half, table.rows, table.listed)
 
     def train(self) -> dict[str, Any]:
         """Train, evaluate and save by epochs, then write the products; returns the summary."""
@@ -240,7 +246,8 @@ class Run:
         if not self.world.is_main:
             return NullMonitor()
         step = self.trainer.progress.step
-        monitor = Monitor(self.run.folder, self.trainer.total_steps, step, self.run.resumed)
+        preface = () if self.run.resumed else (self.trainer.table.half_origin, self.images.sign.words)
+        monitor = Monitor(self.run.folder, self.trainer.total_steps, step, self.run.resumed, preface=preface)
         if not self.run.resumed:
             monitor.text("run/config", f"```yaml\n{OmegaConf.to_yaml(OmegaConf.structured(self.config))}```")
             monitor.text("run/hardware", hardware(self.world))
@@ -307,6 +314,7 @@ class Run:
             "half": torch.from_numpy(self.trainer.plan.half),
             "held_out": torch.from_numpy(self.trainer.plan.held_out),
             "config": OmegaConf.to_yaml(OmegaConf.structured(self.config)),
+            "sign": self.images.sign.state(),
             "seconds": self._seconds(),
         }
         checkpoint.save(self.run.checkpoints, self.trainer.progress.step, state, self.config.checkpoint.keep)
@@ -343,6 +351,9 @@ class Run:
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
+            "invert": self.images.sign.invert,
+            "sign_certainty": self.images.sign.certainty,
+            "halves_from": trainer.table.half_from if self.config.maps.halves else None,
             "halves": trainer.table.half_origin if self.config.maps.halves else None,
             "run_dir": str(self.run.folder),
         }

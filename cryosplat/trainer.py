@@ -25,14 +25,11 @@ from cryosplat.stepgraph import StepGraphs
 
 logger = logging.getLogger(__name__)
 
-SIGN_PARTICLES = 1024
-"""Particles whose correlation with the random start sets the grey scale and tells the sign of the data."""
+SCALE_PARTICLES = 1024
+"""Particles whose correlation with the random start sets the grey scale."""
 
-SIGN_BATCH = 64
+SCALE_BATCH = 64
 """Particles compared at a time."""
-
-SIGN_CERTAINTY = 6.0
-"""Standard errors at which the data are held to be of the other sign."""
 
 
 @dataclass
@@ -112,39 +109,31 @@ class Trainer:
     def finished(self) -> bool:
         return self.progress.step >= self.total_steps
 
-    def set_scale(self, check_sign: bool) -> None:
+    def set_scale(self) -> None:
         """Fit each model's grey scale to its images, at the random start.
 
         Raises:
-            InputError: the images are clearly of the other sign, and ``check_sign``; a particle's loss is not finite.
+            InputError: a particle's loss is not finite.
         """
         mixture = self.reconstruction.mixture
         mine = distributed.together(self._unit_sums, self.world)
-        xy, xx, xy2 = distributed.sum_over_ranks(mine, self.world)
-        certainty = xy / xy2.sqrt().clamp(min=1e-30)  # of a sum of independent terms of unknown spread
-        logger.info("sign of the data: %+.1f standard errors", float(certainty[0]))
-        if check_sign and float(certainty[0]) < -SIGN_CERTAINTY:
-            raise distributed.common_error(
-                f"the images look inverted: their correlation with density at the centre is "
-                f"{float(certainty[0]):.1f} standard errors. Set data.invert to its opposite (true for particles white "
-                f"on dark), or data.check_sign=false if you know better",
-                self.world,
-            )
-        # A scale near zero would freeze amplitudes; the sign is fixed by the data's convention.
+        xy, xx = distributed.sum_over_ranks(mine, self.world)
+        # A scale near zero would freeze amplitudes; the sign of the data is known by now.
         scale = (xy / xx).abs().clamp(min=1e-3)
         mixture.unit.copy_(scale.float())
 
     def _unit_sums(self) -> Tensor:
-        """Sums of ``fit_unit`` (3, M) over this rank's share of some particles of either half."""
+        """Sums of ``fit_unit`` (2, M) over this rank's share of some particles of either half."""
         rng = np.random.default_rng([self.config.seed, 7])
         # Of either half, so that a small one is there too.
         halves = [np.flatnonzero((self.plan.half == h) & ~self.plan.held_out) for h in (0, 1)]
-        chosen = np.sort(np.concatenate([rng.permutation(ids)[: SIGN_PARTICLES // 2] for ids in halves]))
+        chosen = np.sort(np.concatenate([rng.permutation(ids)[: SCALE_PARTICLES // 2] for ids in halves]))
         mine = chosen[self.mine[chosen]]
-        sums = torch.zeros(3, self.reconstruction.mixture.models, dtype=torch.float64)
-        for batch in self.dataset.batches(np.split(mine, range(SIGN_BATCH, len(mine), SIGN_BATCH))):
+        sums = torch.zeros(2, self.reconstruction.mixture.models, dtype=torch.float64)
+        for batch in self.dataset.batches(np.split(mine, range(SCALE_BATCH, len(mine), SCALE_BATCH))):
             terms = torch.stack(self.reconstruction.fit_unit(batch)).double().cpu()
-            if not bool(torch.isfinite(terms).all()):
+            power = batch.images.abs().square().sum((1, 2))  # of a particle alone, it makes the loss overflow
+            if not bool(torch.isfinite(terms).all() and torch.isfinite(power).all()):
                 with torch.no_grad():
                     losses = self.reconstruction.view_losses(batch)
                 worst = int(losses.nan_to_num(nan=torch.inf).amax(0).argmax())

@@ -138,7 +138,7 @@ def _base(folder: Path, config: Config) -> Path:
             base = base.parent
     else:
         base = Path.cwd()
-    for name, path in input_paths(config).items():
+    for name, path in input_paths(config):
         if not (base / path).exists():
             raise InputError(
                 f"data.{name}: there is no {base / path}; start validate in the folder in which {folder} was trained"

@@ -9,8 +9,9 @@ from stacks import load, make_ctf, make_poses, write_dataset, write_pickle, writ
 
 from cryosplat.batches import Courier
 from cryosplat.conventions import rescaled_pixel_size
-from cryosplat.dataset import ParticleDataset, corner_mask, fourier_crop, noise_weights
+from cryosplat.dataset import ParticleDataset, noise_weights
 from cryosplat.errors import InputError
+from cryosplat.imageprep import corner_mask, fourier_crop
 
 COUNT, BOX = 40, 16
 

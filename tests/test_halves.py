@@ -1,15 +1,22 @@
 """Half sets: the input's own, else drawn so that nothing is shared."""
 
+import json
 import logging
+import shutil
 
+import mrcfile
 import numpy as np
+import pandas
 import pytest
+import starfile
+import training_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stacks import load, make_images, make_poses, write_dataset, write_pickle, write_stack, write_star
 
 from cryosplat.errors import InputError
-from cryosplat.halves import split_halves
+from cryosplat.halves import first_copies, save_halves, split_halves
+from cryosplat.volumes import read_map
 
 
 def test_a_drawn_split_is_balanced_and_depends_on_the_seed():
@@ -154,3 +161,91 @@ def test_a_single_particle_cannot_make_two_halves(tmp_path):
     write_pickle(tmp_path / "poses.pkl", make_poses(1))
     with pytest.raises(InputError, match="has no particles: the draw by particle"):
         load(tmp_path, particles="one.mrcs", poses="poses.pkl")
+
+
+# Drawn halves, and images that are copies under other names
+
+
+def test_where_halves_come_from_and_what_that_means(tmp_path, keys):
+    write_star(tmp_path / "p.star", NAMES)
+    table = load(tmp_path, **keys)
+    assert table.half_from == "particle" and "not gold standard with respect to poses" in table.half_origin
+    write_star(tmp_path / "p.star", NAMES, MicrographName=["b", "a", "b", "a", "c", "d"])
+    assert load(tmp_path, **keys).half_from == "micrograph"
+    write_star(tmp_path / "p.star", NAMES, RandomSubset=[1, 2] * 3)
+    assert load(tmp_path, **keys).half_from == "column"
+    write_pickle(tmp_path / "h.pkl", np.array([0, 1] * 3))
+    assert load(tmp_path, halves="h.pkl", **keys).half_from == "file"
+
+
+def test_drawn_halves_do_not_depend_on_the_order_of_the_rows_in_the_file(tmp_path, keys):
+    keys |= {"poses": "poses.pkl", "ctf": "none"}
+    micrographs = ["b", "a", "b", "a", "c", "d"]
+    for columns in ({}, {"MicrographName": micrographs}):
+        write_star(tmp_path / "p.star", NAMES, **columns)
+        half = load(tmp_path, **keys).half
+        order = [4, 2, 0, 5, 1, 3]
+        shuffled = {name: [values[row] for row in order] for name, values in columns.items()}
+        write_star(tmp_path / "p.star", [NAMES[row] for row in order], **shuffled)
+        assert load(tmp_path, **keys).half.tolist() == half[order].tolist()
+
+
+def test_the_first_copy_by_stack_and_slice_counts_in_any_order_of_the_rows():
+    random = np.random.default_rng(0)
+    image, stack, slices = random.integers(0, 20, 60), random.integers(0, 3, 60), random.permutation(60)
+    first = first_copies(image, stack, slices)
+    assert (image[first] == image).all()
+    for number in np.unique(image):
+        mine = np.flatnonzero(image == number)
+        assert set(first[mine]) == {mine[np.lexsort((slices[mine], stack[mine]))[0]]}
+    order = random.permutation(60)
+    np.testing.assert_array_equal(order[first_copies(image[order], stack[order], slices[order])], first[order])
+
+
+def test_halves_that_are_saved_are_taken_again_by_a_subset_too(tmp_path, keys):
+    write_star(tmp_path / "p.star", NAMES)
+    np.save(tmp_path / "rows.npy", [4, 1, 0, 5])
+    table = load(tmp_path, indices="rows.npy", **keys)
+    save_halves(tmp_path / "halves.npy", table.half, table.rows, table.listed)
+    again = load(tmp_path, indices="rows.npy", halves="halves.npy", seed=3, **keys)
+    assert again.half.tolist() == table.half.tolist()
+    with pytest.raises(InputError, match=r"halves\.npy: row 2 is -1, expected 0 or 1"):
+        load(tmp_path, halves="halves.npy", **keys)
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """A stack whose second file has 30 images of the first again, with other grey levels, and no half sets."""
+    folder = tmp_path_factory.mktemp("copied") / "stack"
+    source = training_set.training_set(tmp_path_factory)
+    shutil.copytree(source, folder)
+    images, headed = mrcfile.read(source / "particles.mrcs"), starfile.read(source / "particles.star")
+    write_stack(folder / "more.mrcs", 3 * images[:30] + 1, training_set.PIXEL_SIZE_A)
+    particles = headed["particles"].drop(columns="rlnRandomSubset")
+    more = particles[:30].assign(rlnImageName=[f"{image + 1:06d}@more.mrcs" for image in range(30)])
+    headed["particles"] = pandas.concat([particles, more])
+    starfile.write(headed, folder / "particles.star", overwrite=True)
+    return folder
+
+
+def test_copies_under_other_names_come_into_one_half_of_a_drawn_split(copied, tmp_path):
+    words = ("data.poses=null", "data.ctf=null")
+    run_dir = training_set.fitted(copied, tmp_path / "run", *words)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["images_in_both_halves"] == 0 and summary["halves_from"] == "particle"
+    half = np.load(run_dir / "halves.npy")
+    assert half[:30].tolist() == half[301:].tolist()
+    drawn = load(copied, particles="particles.star").half
+    moved = half != drawn
+    assert 5 < moved.sum() < 25 and not moved[30:].any()  # more.mrcs comes first
+    assert "not gold standard with respect to poses" in (run_dir / "run.log").read_text()
+    # Given back, they make the same run, to the bit.
+    again = training_set.fitted(copied, tmp_path / "again", *words, f"data.halves={run_dir / 'halves.npy'}")
+    for name in ("half_a.mrc", "half_b.mrc", "map.mrc"):
+        np.testing.assert_array_equal(read_map(again / name)[0], read_map(run_dir / name)[0])
+
+
+def test_images_that_are_all_copies_make_no_halves(tmp_path, keys):
+    write_star(tmp_path / "p.star", NAMES)
+    with pytest.raises(InputError, match=r"p\.star: all 6 images are copies"):
+        load(tmp_path, **keys).with_copies_together(np.zeros(6, int))

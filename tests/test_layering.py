@@ -25,9 +25,10 @@ LAYERS = (
         "batches",
         "settings",
     ),
-    ("cudaops", "placement"),
+    ("cudaops", "placement", "stackpaths", "aberrations"),
     # Single files and single operations.
     ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
+    ("csfiles",),
     (
         "config",
         "volumes",
@@ -41,24 +42,25 @@ LAYERS = (
         "gaussians",
         "masks",
     ),
-    ("distributed", "optimiser", "stepgraph", "halves", "alignments", "runs", "fsc"),
-    ("interruption",),
+    ("distributed", "optimiser", "stepgraph", "halves", "alignments", "optics", "runs", "fsc"),
+    ("interruption", "opticsnotes"),
     ("fitkeeping", "descent"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
     ("figures", "fscsuite", "sectors"),
     ("fscfigures",),
     # What training is put together from.
+    ("imageprep",),
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "fsccommand", "backprojection"),
+    ("reconstruction", "inspection", "survey", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
     ("memory",),
-    ("evaluation", "trainer", "holdout"),
-    ("start", "preparation"),
+    ("evaluation", "trainer", "holdout", "sign"),
+    ("start", "preparation", "imagesurvey"),
     ("products",),
     # What people call.
-    ("train", "validation", "backprojectcommand", "doctor"),
+    ("train", "validation", "backprojectcommand", "doctor", "inspectcommand"),
     ("cli",),
 )
 

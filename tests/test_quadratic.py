@@ -8,7 +8,7 @@ from views import PIXEL_SIZE_A, WORLD, Views, even_views, random_ctf, random_shi
 
 from cryosplat.backprojection import back_project, linear_half
 from cryosplat.ctf import ctf_image
-from cryosplat.quadratic import MARGIN, NormalEquations, QuadraticForm, fast_size, sign_certainty
+from cryosplat.quadratic import MARGIN, NormalEquations, QuadraticForm, fast_size
 
 BOX, VIEWS = 32, 200
 TRUTH = molecule(BOX, 0.18)
@@ -180,26 +180,3 @@ def test_fast_sizes_are_the_next_even_numbers_of_small_factors():
         found = fast_size(least)
         assert found >= least and found % 2 == 0 and smooth(found)
         assert not any(smooth(n) for n in range(2 * int(np.ceil(least / 2)), found, 2))
-
-
-def certainty(truth, noise, seed):
-    """Of 60 images."""
-    views = Views(truth, even_views(60, seed), None, random_ctf(60, seed), noise, seed)
-    return sign_certainty(linear_half(views.sums(halves=False)[0], len(truth)).equations, 0.1)
-
-
-def test_images_are_sure_of_the_sign_of_their_density():
-    truth = molecule(16, 0.2)
-    right, wrong = (certainty(sign * truth, truth.std(), 0) for sign in (1, -1))
-    assert right > 10 and wrong < -10
-
-
-def test_noise_has_a_sign_to_within_its_standard_errors():
-    found = np.array([certainty(np.zeros((16,) * 3), 1.0, seed) for seed in range(60)])
-    # The standard errors of mean and deviation of 60 normal numbers are 0.13 and 0.09.
-    assert abs(found.mean()) < 0.5 and 0.7 < found.std() < 1.3
-
-
-def test_nothing_is_sure_where_there_is_nothing():
-    nothing = NormalEquations(torch.zeros(18, 18, 18), torch.zeros(16, 16, 16))
-    assert sign_certainty(nothing, 0.1) == 0.0

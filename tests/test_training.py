@@ -84,7 +84,7 @@ def jobs(stack, noisy_half_b, small_disks, tmp_path_factory):
         "moved": job("moved", "killed", 2, SAVE_OFTEN, argument=KILLED_AT),
         "moved, to one": job("moved, to one", "killed", 1, SAVE_OFTEN, argument=KILLED_AGAIN_AT),
         "moved, to four": job("moved, to four", "plain", 4, SAVE_OFTEN),
-        "flipped": job("flipped", "plain", 2, stack=flipped),
+        "flipped": job("flipped", "plain", 2, "data.invert=true", stack=flipped),
         "idle": job("idle", "plain", 4, *FEW),
     }
     for count, disk in zip((2, 1), small_disks, strict=False):
@@ -377,7 +377,7 @@ def test_ranks_that_stop_take_down_what_would_make_them_hang_first(jobs):
         assert (jobs[0] / "poisoned three" / f"freed{rank}.txt").read_text() == "[True]"
 
 
-def test_an_inverted_stack_is_refused_once_by_two_ranks(jobs):
+def test_a_sign_that_is_set_and_clearly_wrong_is_refused_once_by_two_ranks(jobs):
     folder, outcomes = jobs
     assert outcomes["flipped"].codes == [2, 2]
     text = "".join(outcomes["flipped"].texts)

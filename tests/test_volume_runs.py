@@ -70,7 +70,8 @@ def jobs(stack, noisy_half_b, inverted, shuffled, tmp_path_factory):
         "four": job("four", OWN_COUNT, count=4),
         "idle": job("idle", "data.first=3", "data.check_sign=false", UNCHECKED, count=4),
         "noise": job("noise", OWN_COUNT, UNCHECKED, stack=noisy_half_b),
-        "inverted": job("inverted", stack=inverted),
+        "inverted": job("inverted", "data.invert=true", stack=inverted),
+        "found": job("found", OWN_COUNT, stack=inverted),
         "shuffled": job("shuffled", stack=shuffled),
         "not finite": job("not finite", "volume.prior=1e38"),
     }
@@ -311,15 +312,29 @@ def test_poses_of_other_rows_are_refused_unless_told_not_to_look(shuffled, jobs,
     check_one_error(jobs, "shuffled", "the linear half maps agree")
 
 
-def test_inverted_images_are_refused_unless_told_not_to_look(inverted, jobs, tmp_path):
-    for words in ((), ("maps.halves=false",)):
-        with pytest.raises(InputError, match=r"the images look inverted: .*data\.invert.*data\.check_sign=false"):
+def test_a_sign_that_is_set_and_clearly_wrong_is_refused_unless_told_not_to_look(inverted, jobs, tmp_path):
+    for words in (("data.invert=true",), ("data.invert=true", "maps.halves=false")):
+        with pytest.raises(InputError, match=r"the images look inverted: .*data\.invert=false; data\.check_sign=false"):
             fitted(inverted, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
-    fitted(inverted, tmp_path / "run", "data.check_sign=false")
-    assert fitted(inverted, tmp_path / "right", "data.invert=false").exists()
-    assert summary_of(tmp_path / "right")["fsc_truth_mean"] > 0.7
+    fitted(inverted, tmp_path / "run", "data.invert=true", "data.check_sign=false")
+    summary = summary_of(tmp_path / "run")
+    assert summary["invert"] is True and summary["sign_certainty"] < -6 and summary["fsc_truth_mean"] < 0
     check_one_error(jobs, "inverted", "the images look inverted")
+
+
+@pytest.mark.parametrize("ranks_of_it", ["one", "two"])
+def test_a_flipped_stack_gives_the_same_maps(run_dir, inverted, jobs, tmp_path, ranks_of_it):
+    """To the bit where nothing but the sign differs."""
+    if ranks_of_it == "one":
+        found, expected = fitted(inverted, tmp_path / "run", OWN_COUNT), run_dir
+    else:
+        found, expected = (jobs[0] / name / "run" for name in ("found", "two"))
+    for name, volume in maps_of(expected).items():
+        np.testing.assert_array_equal(maps_of(found)[name], volume)
+    assert summary_of(found)["invert"] is False and summary_of(found)["sign_certainty"] < -6
+    assert summary_of(expected)["invert"] is True
+    assert "the particles are dark on white" in (found / "run.log").read_text()
 
 
 def test_fits_that_do_not_stay_finite_stop_all_ranks(jobs):

@@ -29,7 +29,7 @@ class Views:
     """
 
     def __init__(self, truth, rotations, shifts=None, ctf=None, noise=0.0, seed=0):
-        self.box, self.pixel_size_a = len(truth), PIXEL_SIZE_A
+        self.box, self.pixel_size_a, self.reach = len(truth), PIXEL_SIZE_A, 1.0
         shifts = np.zeros((len(rotations), 2)) if shifts is None else shifts
         self.rotations, self.shifts = (torch.from_numpy(poses).float() for poses in (rotations, shifts))
         self.ctf = None if ctf is None else torch.from_numpy(ctf).float()
