@@ -143,7 +143,9 @@ class Desk:
         short = ["maps.every=5"] if "recipe=images" in words else ["volume.steps=10"]
         if cropped or on_stand_in_of_paper:
             return SMALL_RUN + short + (["data.box=24"] if not cropped else [])
-        looked_into = any(word in ("runs/my", "run_dir=runs/two") for word in words) or "run_dir=" not in " ".join(words)
+        looked_into = any(word in ("runs/my", "run_dir=runs/two") for word in words) or "run_dir=" not in " ".join(
+            words
+        )
         return SMALL_RUN + KNOWN.format(folder=self.folder).split() + ([] if looked_into else short)
 
     def submit(self, words: list[str]) -> int:

@@ -25,7 +25,7 @@ from cryosplat.unpickle import read_pickle
 PAGES = [ROOT / name for name in ("README.md", "docs/formats.md", "docs/operations.md", "docs/empiar.md")]
 PAGES += sorted({ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")} - set(PAGES))
 FORMATS, OPERATIONS = ROOT / "docs/formats.md", ROOT / "docs/operations.md"
-CLUSTER = ROOT / "docs/cluster.md"
+CLUSTER, TROUBLE = ROOT / "docs/cluster.md", ROOT / "docs/troubleshooting.md"
 FOLLOWED = [page for page in PAGES if page != CLUSTER]
 """Pages whose commands this test runs; those of the other are run on a real Slurm by tests/test_slurm_launch.py."""
 
@@ -281,7 +281,7 @@ def test_every_tensorboard_tag_is_explained(desk):
 
 def literals() -> list[str]:
     """Every string in the sources, with … for what is put in."""
-    found = []
+    found = [(ROOT / "Makefile").read_text()]
     for path in [*(ROOT / "cryosplat").glob("*.py"), *(ROOT / "launch").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
@@ -296,8 +296,9 @@ def test_the_messages_explained_are_those_of_the_program():
     quoted = [row[0].strip("`") for row in table(OPERATIONS, "## Messages")]
     failures = CLUSTER.read_text().partition("What the program says:")[2].partition("What Slurm says:")[0]
     of_clusters = re.findall(r"^\| `([^`]+)` \|", failures, re.MULTILINE)
-    assert len(of_clusters) > 10
-    quoted += of_clusters
+    first_met = re.findall(r"^\*\*`(.+?)`\*\*", TROUBLE.read_text().replace(", **`", "\n**`"), re.MULTILINE)
+    assert len(of_clusters) > 10 and len(first_met) > 20
+    quoted += of_clusters + first_met
     unknown = [message for message in quoted if not any(message in string for string in strings)]
     assert len(quoted) > 20 and not unknown
 
