@@ -1,5 +1,6 @@
-"""Atomic models: reading them, and their electron-scattering density on a grid."""
+"""Atomic models: reading them, their electron-scattering density on a grid, and pseudo-atoms in their files."""
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ import scipy.fft
 import scipy.ndimage
 
 from cryosplat.errors import InputError
+from cryosplat.files import atomic_path
+
+logger = logging.getLogger(__name__)
 
 FINE_SPACING_A = 0.85
 """Coarsest grid on which atoms are summed before the density is cut at Nyquist."""
@@ -18,6 +22,12 @@ ALIASING = 1e-3
 
 GAUSSIAN_CUTOFF = 1e-5
 """Density, in e/A^3, below which the tail of an atom is dropped (gemmi's own default)."""
+
+PDB_ATOMS, PDB_LARGEST_B, PDB_LEAST_A, PDB_MOST_A = 99_999, 999.99, -999.999, 9999.999
+"""What the columns of a PDB file hold: atoms, a B factor, a coordinate."""
+
+RESIDUES_IN_CHAIN = 9_999
+"""As many as four columns number."""
 
 LARGEST_FILLED_FRACTION = 0.97
 """Of half the box: how far from the centre an atom may lie."""
@@ -145,6 +155,86 @@ def density(
     return volume
 
 
+def write_pseudo_atoms(
+    path: str | os.PathLike,
+    positions_a: np.ndarray,
+    displacements_a2: np.ndarray,
+    occupancies: np.ndarray,
+    field_a: float,
+    overwrite: bool = False,
+) -> None:
+    """Write points as pseudo-atoms: carbons of residues UNX, each a residue of its own, not bonded to anything.
+
+    B factors above the 999.99 A^2 that a PDB file has room for are cut to it there, which the log says; its ANISOU
+    records have them whole.
+
+    Args:
+        path: .pdb or .cif; gemmi writes either.
+        positions_a: (N, 3) x, y, z in A.
+        displacements_a2: (N, 3, 3) mean square displacements U in A^2; B is 8 pi^2 tr(U) / 3.
+        occupancies: (N,) of either sign.
+        field_a: side of the cubic cell, A.
+        overwrite: replace a file that is there.
+
+    Raises:
+        InputError: too much for the columns of a PDB file, or the file cannot be written.
+    """
+    import gemmi
+
+    b_factors = 8 * np.pi**2 * np.trace(displacements_a2, axis1=1, axis2=2) / 3
+    is_pdb = os.fspath(path).endswith(".pdb")
+    if is_pdb:
+        _require_columns(path, positions_a)
+        wide = int((b_factors > PDB_LARGEST_B).sum())
+        if wide:
+            said = "%s: %d of %d B factors are above %.2f A^2, where the column of a PDB file ends, and are cut to it; "
+            logger.warning(
+                said + "the ANISOU records and a .cif have them whole", path, wide, *(len(b_factors), PDB_LARGEST_B)
+            )
+            b_factors = np.minimum(b_factors, PDB_LARGEST_B)
+    structure, model = gemmi.Structure(), gemmi.Model(1)
+    structure.name = "gaussians"
+    structure.cell, structure.spacegroup_hm = gemmi.UnitCell(*[field_a] * 3, 90, 90, 90), "P 1"
+    entity = gemmi.Entity("1")
+    entity.entity_type = gemmi.EntityType.NonPolymer
+    for first in range(0, len(positions_a), RESIDUES_IN_CHAIN):
+        chain = gemmi.Chain(_chain_name(first // RESIDUES_IN_CHAIN))
+        for number in range(first, min(first + RESIDUES_IN_CHAIN, len(positions_a))):
+            residue, atom, (u, v, w) = gemmi.Residue(), gemmi.Atom(), displacements_a2[number].tolist()
+            residue.name, residue.seqid, residue.het_flag = "UNX", gemmi.SeqId(number - first + 1, " "), "H"
+            residue.entity_type, residue.entity_id, residue.subchain = entity.entity_type, entity.name, chain.name
+            atom.name, atom.element = "C", gemmi.Element("C")
+            atom.pos = gemmi.Position(*positions_a[number].tolist())
+            atom.occ, atom.b_iso = float(occupancies[number]), float(b_factors[number])
+            atom.aniso = gemmi.SMat33f(u[0], v[1], w[2], u[1], u[2], v[2])
+            residue.add_atom(atom)
+            chain.add_residue(residue)
+        entity.subchains = [*entity.subchains, chain.name]
+        model.add_chain(chain)
+    structure.add_model(model)
+    structure.entities = [entity]
+    options = gemmi.PdbWriteOptions(minimal=True)
+    options.cryst1_record = options.end_record = True
+    text = structure.make_pdb_string(options) if is_pdb else structure.make_mmcif_document().as_string()
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        temporary.write_text(text)
+
+
+def _require_columns(path: str | os.PathLike, positions_a: np.ndarray) -> None:
+    """See that pseudo-atoms fit into the columns of a PDB file."""
+    instead = "write a .cif, whose numbers may be of any length"
+    if len(positions_a) > PDB_ATOMS:
+        raise InputError(f"{path}: {len(positions_a):,} pseudo-atoms, and a PDB file numbers {PDB_ATOMS:,}; {instead}")
+    if positions_a.min() < PDB_LEAST_A or positions_a.max() > PDB_MOST_A:
+        raise InputError(f"{path}: coordinates beyond {PDB_LEAST_A} to {PDB_MOST_A} A, a PDB file's columns; {instead}")
+
+
+def _chain_name(number: int) -> str:
+    """A to Z, a to z, 0 to 9, then two of them."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+    return ("" if number < len(letters) else _chain_name(number // len(letters) - 1)) + letters[number % len(letters)]
+
+
 def _sum_atoms(atoms: Atoms, positions: np.ndarray, b_factors: np.ndarray, field_a: float, fine: int) -> np.ndarray:
     """Density (fine, fine, fine), [x, y, z], of atoms at ``positions`` in a periodic cube of ``field_a``."""
     import gemmi
@@ -204,10 +294,18 @@ def _inside_level(blurred: np.ndarray) -> float:
     return float(np.percentile(blurred[blurred > 0.2 * blurred.max()], 90))
 
 
+def surface_level(volume: np.ndarray, pixel_size_a: float) -> float:
+    """The density at the surface of a molecule: half of what is typical well inside it.
+
+    After a blur of 2 A it encloses the volume that a protein excludes (1.21 A^3/Da: measured 799 of 790 nm^3 for the
+    proteasome 3J9I), whatever the A/px. Noise must be low already: of a noisy map the level is too low.
+    """
+    return 0.5 * _inside_level(_low_pass(volume, pixel_size_a, 2.0))
+
+
 def _subtract_solvent(volume: np.ndarray, pixel_size_a: float, fraction: float) -> np.ndarray:
     """The map minus ``fraction`` of its mean density inside a smooth envelope of the molecule."""
-    # Half the inside level after a blur of 2 A encloses the volume a protein excludes (1.21 A^3/Da: measured 799 of
-    # 790 nm^3 for the proteasome 3J9I), whatever the A/px; a B of 50 A^2 then softens the envelope's edge.
+    # As in surface_level; a B of 50 A^2 then softens the envelope's edge.
     blurred = _low_pass(volume, pixel_size_a, 2.0)
     envelope = (blurred > 0.5 * _inside_level(blurred)).astype(np.float32)
     envelope = _low_pass(envelope, pixel_size_a, math.sqrt(50 / (8 * np.pi**2)))

@@ -13,6 +13,12 @@ one step of iterative refinement with the same S:
 
 L is linear in the images, unbiased to the second order, and has no Wiener term, no floor and no mask: what calibration
 and deposition need. Its noise per voxel has the variance below, up to a factor near 1 (tests/test_backprojection.py).
+
+With a point group of K operators S a view R counts as the K views R S. For L the K copies of an image are as good as K
+images: noise falls on K different places (but for a few voxels next to an axis, where it adds up and is more than is
+said). For the likelihood they are one image: of a map with the symmetry every copy says the same. So the normal
+equations are those of the symmetrised sums over K: of such a map the Q of the images, in their own nats, and its
+gradient the mean over the copies of the gradient.
 """
 
 import math
@@ -22,11 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryosplat import distributed, ops
+from cryosplat import distributed, ops, progress
 from cryosplat.ctf import ctf_image
 from cryosplat.dataset import ParticleDataset, shells_of_half_plane
 from cryosplat.imageprep import fourier_crop
 from cryosplat.quadratic import NormalEquations
+from cryosplat.symmetry import split
 
 PADDING = 2
 """Side of the Fourier grid over that of the box: trilinear interpolation needs a volume with room round it."""
@@ -72,11 +79,18 @@ class LinearHalf:
         variance: (D, D, D//2+1) float32, of the noise of the map's transform (``rfftn``) by voxel, up to a factor near
             1; infinite where empty.
         equations: the likelihood of its images, which mixtures are fitted to; on the CPU, to be sent to whoever fits.
+        symmetry: (K, 3, 3) operators of the point group that its sums were symmetrised over; None: none.
     """
 
     map: np.ndarray
     variance: np.ndarray
     equations: NormalEquations | None = None
+    symmetry: np.ndarray | None = None
+
+    @property
+    def copies(self) -> int:
+        """K, how many of its values are the same by symmetry."""
+        return 1 if self.symmetry is None else len(self.symmetry)
 
 
 def noise_variance(radial: np.ndarray, box: int) -> Tensor:
@@ -97,37 +111,46 @@ def back_project(
     world: distributed.World,
     symmetry: np.ndarray | None = None,
     halves: bool = True,
+    crop: int | None = None,
 ) -> Tensor | None:
     """Insert this rank's images, and add up those of all ranks.
 
     Args:
         dataset: this rank's, normalised.
-        ids: (n,) which of its particles.
+        ids: (n,) which of its particles, best in the order in which they lie on disk (``dataset.in_file_order``).
         radial: (2, S) radial noise power of either half, as ``dataset.radial_noise`` gives it.
-        symmetry: (K, 3, 3) operators S; a view R is inserted as R S for each of them. None: identity alone.
+        symmetry: (K, 3, 3) operators S of a group; a view R is entered as R S for each of them. None: identity alone.
         halves: a grid each for half a and half b; otherwise one for all.
+        crop: side, even, of the images' middle in Fourier space, which alone is inserted; None: all of it.
 
     Returns:
-        Sums (2 or 1, P, P, P//2+1, 4) on rank 0, None on the others; P is twice the box.
+        Sums (2 or 1, P, P, P//2+1, 4) on rank 0, None on the others; P is twice the box, or ``crop``.
     """
     box, device = dataset.box, world.device
-    padded = PADDING * box
+    side = crop or box
+    padded = PADDING * side
     sums = torch.zeros(2 if halves else 1, padded, padded, padded // 2 + 1, 4, device=device)
     weight = 1 / noise_variance(radial, box).to(device)
-    operators = torch.eye(3)[None] if symmetry is None else torch.from_numpy(symmetry).float()
+    operators, on_grid = split(np.eye(3)[None] if symmetry is None else symmetry)
+    operators = torch.from_numpy(operators).float().to(device)
+    done = 0
     for batch in dataset.batches(np.split(ids, range(VIEWS_PER_INSERT, len(ids), VIEWS_PER_INSERT))):
         ctf = 1.0 if batch.ctf is None else ctf_image(batch.ctf, box, dataset.pixel_size_a, batch.phases)
         filtered = ctf * weight[batch.half]
         values, weights = batch.images * filtered, ctf * filtered
         grid = batch.half if halves else torch.zeros_like(batch.half)
-        shifts, inserted = batch.shifts, box_within(box, dataset.reach)
-        if inserted < box:
-            # In a smaller box of the same field of view a view reaches less far, and no farther than the grid.
-            values, weights = fourier_crop(values, inserted), fourier_crop(weights, inserted)
-            shifts = shifts * (inserted / box)
-        for operator in operators.to(device):
-            ops.insert(values, weights, batch.rotations @ operator * (inserted / box), shifts, grid, sums)
-    return distributed.sum_to_main(sums, world)
+        for some, inserted in _by_reach(batch.rotations, side, dataset.reach):
+            near = fourier_crop(values[some], inserted), fourier_crop(weights[some], inserted)
+            for operator in operators:
+                rotations = batch.rotations[some] @ operator * (inserted / side)
+                ops.insert(*near, rotations, batch.shifts[some] * (inserted / box), grid[some], sums)
+        done += len(batch)
+        progress.at(done)
+    total = distributed.sum_to_main(sums, world)
+    if total is not None and len(on_grid) > 1:
+        for one in total:
+            one.copy_(_symmetrised(one, on_grid))
+    return total
 
 
 def box_within(box: int, reach: float) -> int:
@@ -143,8 +166,43 @@ def box_within(box: int, reach: float) -> int:
     return inserted
 
 
-def linear_half(sums: Tensor, box: int) -> LinearHalf:
-    """The map of one half from its sums (P, P, P//2+1, 4).
+def _by_reach(rotations: Tensor, box: int, reach: float) -> list[tuple[slice | Tensor, int]]:
+    """Which views (V,) to insert together, and in images cropped to how many pixels.
+
+    Where a magnification takes the last coefficients of a view out of the grid, it is inserted without these: cropped,
+    with its projection scaled to the smaller box.
+    """
+    inserted = box_within(box, reach)
+    if inserted == box:
+        return [(slice(None), box)]
+    stretch = torch.linalg.matrix_norm(rotations[:, :2].double(), 2)
+    near = math.sqrt((box // 2) ** 2 - 1) * stretch * 2 < box
+    parts = [(near.nonzero()[:, 0], box), ((~near).nonzero()[:, 0], inserted)]
+    return [(some, size) for some, size in parts if len(some)]
+
+
+def _symmetrised(sums: Tensor, on_grid: np.ndarray) -> Tensor:
+    """Sums (P, P, P//2+1, 4) added up over rotations (H, 3, 3) that take the grid to itself: n_H(q) = sum n(h q)."""
+    padded, columns = sums.shape[0], sums.shape[2]
+    _hermitian(torch.view_as_complex(sums[..., :2]))
+    _hermitian(sums[..., 2]), _hermitian(sums[..., 3])
+    rows = sums.view(-1, 4)
+    along = torch.fft.fftfreq(padded, 1 / padded, device=sums.device).long()
+    y, x = along[:, None], torch.arange(columns, device=sums.device)
+    total = torch.zeros_like(sums)
+    for rotation in np.rint(on_grid).astype(int).tolist():
+        for plane, z in zip(total, along, strict=True):  # no index of the size of the grid
+            qx, qy, qz = (row[0] * x + row[1] * y + row[2] * z for row in rotation)
+            mate = 1 - 2 * (qx < 0).long()
+            found = rows[((qz * mate) % padded * padded + (qy * mate) % padded) * columns + qx.abs()]
+            found[..., 1] *= mate
+            plane += found
+    total[:, :, 0] /= 2  # where ``linear_half`` is going to add the mates
+    return total
+
+
+def linear_half(sums: Tensor, box: int, symmetry: np.ndarray | None = None) -> LinearHalf:
+    """The map of one half from its sums (P, P, P//2+1, 4), and the operators (K, 3, 3) that these were made with.
 
     Arrays of the padded grid are the largest of a run: each is freed as soon as it is not needed.
     """
@@ -169,6 +227,8 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
     numerator = _hermitian(torch.complex(sums[..., 0], sums[..., 1]))
     in_space = grid.to_space(numerator)
     equations = NormalEquations(kernel, NormalEquations.cut_data(in_space, box)).to(torch.device("cpu"))
+    if symmetry is not None:
+        equations = NormalEquations(equations.kernel / len(symmetry), equations.data / len(symmetry))
     volume = grid.solve(in_space, inverse)
     del in_space
     residual = numerator.sub_(grid.from_map(volume).mul_(denominator))
@@ -176,7 +236,9 @@ def linear_half(sums: Tensor, box: int) -> LinearHalf:
     del numerator, residual, inverse
     # Cropping has filled the empty voxels from their neighbours, with what is at the box's edges above all.
     known = torch.fft.rfftn(volume).masked_fill_(variance.isinf(), 0)
-    return LinearHalf(torch.fft.irfftn(known, s=volume.shape).cpu().numpy(), variance.cpu().numpy(), equations)
+    return LinearHalf(
+        torch.fft.irfftn(known, s=volume.shape).cpu().numpy(), variance.cpu().numpy(), equations, symmetry
+    )
 
 
 def _hermitian(grid: Tensor) -> Tensor:

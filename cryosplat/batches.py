@@ -1,7 +1,9 @@
 """Batches of particles: where their images lie, and how these reach the device before they are needed."""
 
 import functools
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,31 +76,53 @@ class Courier:
     Args:
         array: (N, ...) on the host.
         device: where rows go.
+
+    Attributes:
+        waited_s: seconds in which the host did nothing but gather rows, or wait for them.
     """
+
+    ahead = 1
+    """Batches that are to be sent before the first is taken."""
 
     def __init__(self, array: Tensor, device: torch.device):
         self._array, self._device = array, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waited_s = 0.0
 
-    def send(self, rows: Tensor) -> Tensor:
-        """Begin to copy ``rows`` (B,), on the host; what is returned must not be used before ``take``."""
-        pinned = self._stream is not None
-        staged = torch.empty(len(rows), *self._array.shape[1:], dtype=self._array.dtype, pin_memory=pinned)
+    def send(self, rows: Tensor) -> Any:
+        """Begin to copy ``rows`` (B,), on the host; what is returned is for ``take``."""
+        began = time.perf_counter()
+        staged = self._staging(len(rows))
         torch.index_select(self._array, 0, rows, out=staged)
-        if self._stream is None:
-            return staged
-        # Not farther ahead of the work than it has been queued: a host in a hurry would fill the GPU with batches.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            return staged.to(self._device, non_blocking=True)
+        self.waited_s += time.perf_counter() - began
+        self._follow()
+        return self._ship(staged)
 
-    def take(self, sent: Tensor) -> Tensor:
+    def take(self, sent: Any) -> Tensor:
         """The same rows, for use in the current stream, which waits for them; the host does not."""
-        if self._stream is not None:
+        rows, arrived = sent
+        if arrived is not None:
             current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            sent.record_stream(current)
-        return sent
+            current.wait_event(arrived)
+            rows.record_stream(current)
+        return rows
+
+    def _staging(self, count: int) -> Tensor:
+        """Host memory for so many rows."""
+        pinned = self._stream is not None
+        return torch.empty(count, *self._array.shape[1:], dtype=self._array.dtype, pin_memory=pinned)
+
+    def _follow(self) -> None:
+        """Not farther ahead of the work than it has been queued: a host in a hurry would fill the GPU with batches."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def _ship(self, staged: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
+        """Begin to copy to the device; what is copied must not be used before that event."""
+        if self._stream is None:
+            return staged, None
+        with torch.cuda.stream(self._stream):
+            return staged.to(self._device, non_blocking=True), self._stream.record_event()
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -104,7 +104,7 @@ class Calibration:
 
     def __init__(self, halves: tuple[LinearHalf, LinearHalf], mask: np.ndarray | None, pixel_size_a: float):
         self.box, self.pixel_size_a, self.mask = len(halves[0].map), pixel_size_a, mask
-        self.sums = SectorSums(self.box)
+        self.sums = SectorSums(self.box, halves[0].symmetry)
         seen = np.isfinite(halves[0].variance) & np.isfinite(halves[1].variance)
         self.spectra = tuple(self._spectrum(_only(half.map, seen, self.sums)) for half in halves)
         self._estimate_truth(halves, seen)

@@ -37,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Only the one that is asked for brings its module in: "cryosplat --help" must not wait for PyTorch.
         if name in words:
             add(command)
-    args = parser.parse_args(words)
+    args, rest = parser.parse_known_args(words)
+    # What argparse leaves over of settings that come after options.
+    late = [word for word in rest if hasattr(args, "settings") and not word.startswith("-")]
+    if len(late) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
+    if late:
+        args.settings = [*args.settings, *late]
     return run_command(args.run, args)
 
 
@@ -157,11 +163,39 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=inspectcommand.run)
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import exporting
+
+    exporting.add_arguments(parser)
+    parser.set_defaults(run=exporting.run)
+
+
 def _validate(parser: argparse.ArgumentParser) -> None:
     from cryosplat import validation
 
     validation.add_arguments(parser)
     parser.set_defaults(run=validation.run)
+
+
+def _status(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import status
+
+    status.add_arguments(parser)
+    parser.set_defaults(run=status.run)
+
+
+def _gaussians(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import gaussianfiles
+
+    gaussianfiles.add_arguments(parser)
+    parser.set_defaults(run=gaussianfiles.run)
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import comparing
+
+    comparing.add_arguments(parser)
+    parser.set_defaults(run=comparing.run)
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
@@ -176,12 +210,16 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = {
     "train": ("reconstruct a particle stack", _train),
+    "status": ("what runs are doing now", _status),
     "validate": ("say what a run's resolution is worth, by null tests", _validate),
     "backproject": ("linear maps of a particle stack", _backproject),
     "simulate": ("make a particle stack with known truth", _simulate),
     "voxelise": ("map of a Gaussian mixture", _voxelise),
+    "gaussians": ("the Gaussians of a run for other programs: .pdb, .cif, .ply, .npz", _gaussians),
     "postprocess": ("sharpen a map", _postprocess),
     "fsc": ("resolution of two half maps, or of a map against a reference", _fsc),
+    "export": ("a run's particles back to RELION or cryoSPARC, all or the best", _export),
+    "compare": ("runs side by side: settings, resolution, curves, cost", _compare),
     "doctor": ("what was built, what this machine has, and whether its GPUs can be used", _doctor),
     "inspect": ("what a particle file holds, whether a run could start from it, and how; or any other file", _inspect),
     "info": ("the same as inspect", _inspect),

@@ -7,7 +7,7 @@ without a word. Only the few columns that are needed are kept, and a bad row or 
 
 import shlex
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +92,8 @@ class Columns:
             wanted = f"{shape[0]} numbers" if shape else "one number"
             raise InputError(f"{self.path}: {name} is {found}, expected {wanted} a row; export the file again")
         rows = np.arange(len(column)) if rows is None else rows
-        values = column[rows].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # of NaN that signal; they are found below
+            values = column[rows].astype(np.float64)
         bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
         if len(bad):
             row = int(rows[bad[0]])
@@ -115,6 +116,9 @@ class StarTable:
         self._width = len(names)
         self._names = [name for name in self._place if name in _STAR_NUMBERS]
         self._places = [self._place[name] for name in self._names]
+        twice = [name for name in (*self.text, *self._names) if names.count(name) > 1]
+        if twice:
+            raise InputError(f"{path}: the column {twice[0]} is there twice in one table; remove the one that is wrong")
         self._numbers = array("d")
 
     @property
@@ -127,14 +131,23 @@ class StarTable:
             return len(next(iter(self.text.values())))
         return len(self._numbers) // max(len(self._names), 1)
 
+    @property
+    def needed(self) -> bool:
+        """Whether it has a column that anybody asks for."""
+        return bool(self.text or self._names)
+
     def add(self, words: list[str], line: int) -> None:
         """A row, which stands in that line."""
-        if not self.text and not self._names:
+        if not self.needed:
             return
         if len(words) != self._width:
             raise InputError(f"{self.path}: line {line} has {len(words)} values for {self._width} columns")
+        numbers = [words[place] for place in self._places]
         try:
-            numbers = [float(words[place]) for place in self._places]
+            # Python takes 1_0 for 10 and reads the digits of all alphabets; other programs do not.
+            if "_" in (joined := "".join(numbers)) or not joined.isascii():
+                raise ValueError
+            numbers = [float(word) for word in numbers]
         except ValueError:
             numbers = [self._number(name, words[place]) for name, place in zip(self._names, self._places, strict=True)]
         self._numbers.extend(numbers)
@@ -143,6 +156,8 @@ class StarTable:
 
     def _number(self, name: str, word: str) -> float:
         try:
+            if "_" in word or not word.isascii():
+                raise ValueError
             return float(word)
         except ValueError:
             self.unreadable[name, len(self)] = word
@@ -180,32 +195,72 @@ def _list_of_numbers(text: str) -> list[float]:
     return numbers if len(numbers) <= LONGEST_LIST else [np.nan]
 
 
+def scan_star(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, str, str, list[str]]]:
+    """What the lines of a star file are: number (from 1), the line, its kind, its words.
+
+    The kind is "block" (data_...), "loop", "label" (of a column; in a block without a loop its value follows), "row",
+    or "" where there is nothing, or a comment. Once a loop has had a row, a line that begins with _ is a row as well.
+
+    Raises:
+        InputError: an open quotation in a row.
+    """
+    in_rows = False
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            yield number, line, "", words
+        elif words[0].startswith("data_") and len(words) == 1:
+            in_rows = False
+            yield number, line, "block", words
+        elif words[0] == "loop_":
+            in_rows = False
+            yield number, line, "loop", words
+        elif words[0].startswith("_") and not in_rows:
+            yield number, line, "label", words
+        else:
+            in_rows = True
+            if '"' in line or "'" in line:
+                words = _split_quoted(path, number, line)
+            yield number, line, "row", words
+
+
 def read_star(path: Path) -> dict[str, StarTable]:
     """Every looped table of a star file, by the name of its block.
 
     Raises:
-        InputError: a row of another length than the table's header, or an open quotation.
+        InputError: a row of another length than the table's header, an open quotation, rows without a loop_, a column
+            or a table that is there twice, so that it is not known which is meant.
     """
     tables: dict[str, StarTable] = {}
-    block, names, table = "", [], None
-    with open(path, encoding="utf-8") as handle:
-        for number, line in enumerate(handle, start=1):
-            words = line.split()
-            if not words or words[0].startswith("#"):
-                continue
-            if words[0].startswith("data_") and len(words) == 1:
-                block, names, table = words[0], [], None
-            elif words[0] == "loop_":
-                names, table = [], None
-            elif words[0].startswith("_"):
+    block, names, table, looped = "", [], None, False
+    with open(path, encoding="utf-8-sig") as handle:
+        for number, _line, kind, words in scan_star(path, handle):
+            if kind == "block":
+                block, names, table, looped = words[0], [], None, False
+            elif kind == "loop":
+                names, table, looped = [], None, True
+            elif kind == "label":
                 names.append(words[0])
-            else:
+            elif kind == "row":
                 if table is None:
-                    table = tables[block] = StarTable(path, names)
-                if '"' in line or "'" in line:
-                    words = _split_quoted(path, number, line)
+                    table = StarTable(path, names)
+                    if table.needed and not looped:
+                        raise InputError(f"{path}: line {number}: rows of values, but no loop_ before their columns")
+                    _require_first(path, tables, block, table, number)
+                    tables[block] = table
                 table.add(words, number)
     return tables
+
+
+def _require_first(path: Path, tables: Mapping[str, StarTable], block: str, table: StarTable, line: int) -> None:
+    """Refuse a second table of particles, or of one block: which of them is meant?"""
+    for name, other in tables.items():
+        twice = "_rlnImageName" in table.text and "_rlnImageName" in other.text
+        if twice or (name == block and table.needed and other.needed):
+            raise InputError(
+                f"{path}: line {line}: a second table {'of particles ' if twice else ''}begins here ({block}); the "
+                f"first is in {name}. Were two files put together? Keep one table in each, or join them with RELION"
+            )
 
 
 def _split_quoted(path: Path, number: int, line: str) -> list[str]:

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
+from cryosplat.pointgroups import canonical
 from cryosplat.settings import CHOICES, INPUTS, LISTS, NO_CTF, RANGES, RECIPES, WITH_POSES, Config, DataConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -54,6 +55,7 @@ def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] 
     except OmegaConfBaseException as error:
         raise InputError(f"configuration: {str(error).splitlines()[0]} (key {error.full_key})") from error
     validate(config)
+    config.model.symmetry = canonical(config.model.symmetry)
     return config
 
 

@@ -1,5 +1,7 @@
-"""A rank's particles, ready for training: normalised half-spectra in memory, batches on demand."""
+"""A rank's particles, ready for training: normalised half-spectra in memory or on disk, batches on demand."""
 
+import collections
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +12,11 @@ from torch import Tensor
 
 from cryosplat.batches import Batch, Chosen, Courier, to_device
 from cryosplat.conventions import rescaled_pixel_size
-from cryosplat.errors import InputError
 from cryosplat.fingerprints import NUMBERS
-from cryosplat.imageprep import IMAGES_PER_READ, Preparer, fourier_crop, shells_of
-from cryosplat.nulls import null_shell, random_phases, white_spectra
+from cryosplat.imageprep import IMAGES_PER_READ, Prepared, Preparer, fourier_crop, shells_of, training_box
+from cryosplat.nulls import Null, null_shell
 from cryosplat.particles import ParticleTable
+from cryosplat.prefetch import CachedImages, DiskCourier, prepared_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class Statistics:
 
 
 class ParticleDataset:
-    """The particles a rank owns, read once and held as half-spectra, on its device or in the host's memory.
+    """The particles a rank owns, held as half-spectra on its device or in the host's memory, or kept on disk.
 
     Every image has its own background taken off and is divided by its half's noise level, so that
     the grey levels of the stack do not matter: a stack times 100 plus an offset is the same data set.
@@ -52,8 +54,9 @@ class ParticleDataset:
         precision: "half" or "single", of the images in memory.
         progress: called with the number of images read so far.
         device: where images are prepared and batches are made.
-        cache: "device" or "host", where half-spectra are held. From the host each batch's follow on a stream of their
-            own while the batch before is at work.
+        cache: "device", "host" or "disk", where half-spectra are held. From the host each batch's follow on a stream of
+            their own while the batch before is at work; from the disk they are gathered a few batches ahead.
+        kept: the images of the node, for "disk", which have been prepared already.
 
     Attributes:
         reach: the largest factor by which a projection stretches frequencies; 1 without magnifications.
@@ -72,10 +75,9 @@ class ParticleDataset:
         progress: Callable[[int], None] = lambda done: None,
         device: torch.device | str = "cpu",
         cache: str = "device",
+        kept: CachedImages | None = None,
     ):
-        self.box = table.box if box is None else box
-        if self.box > table.box:
-            raise InputError(f"data.box={self.box}: larger than the images, which are {table.box} px; leave it out")
+        self.box = training_box(box, table)
         self.pixel_size_a = rescaled_pixel_size(table.pixel_size_a, table.box, self.box)
         self.particles = len(table)
         self.owned = owned
@@ -101,28 +103,38 @@ class ParticleDataset:
         self._phases = None if rest is None else fourier_crop(torch.from_numpy(rest), self.box).to(self.device)
         self._optics = None if rest is None else torch.from_numpy(table.optics.group).to(self.device)
         self._gain = torch.zeros(len(table), device=self.device)
+        self._table, self._null = table, None
+        if kept is not None:
+            self._place_rows(kept)
+            return
         preparer, place = Preparer(table, self.box, precision, self.device), "cpu" if cache == "host" else device
-        self._spectra = torch.empty(len(owned), self.box, self.box // 2 + 1, 2, dtype=preparer.dtype, device=place)
+        self._spectra = torch.empty(len(owned), *preparer.shape, dtype=preparer.dtype, device=place)
         self._courier = Courier(self._spectra, self.device) if cache == "host" else None
-        self.statistics = self._read(table, preparer, progress)
+        ordered, statistics = self.in_file_order(owned), _Sums(table, preparer.shells)
+        parts = np.split(ordered, range(IMAGES_PER_READ, len(ordered), IMAGES_PER_READ))
+        for ids, prepared in prepared_in_order(preparer, parts):
+            statistics.add(ids, prepared)
+            self._spectra[torch.from_numpy(self._row[ids]).to(place)] = prepared.spectra.to(place)
+            progress(statistics.images)
+        self.statistics = statistics.total()
 
-    def _read(self, table: ParticleTable, preparer: Preparer, progress: Callable[[int], None]) -> Statistics:
-        _, shell_size = shells_of(table.box)
-        numbers = np.zeros((len(table), NUMBERS))
-        statistics = Statistics(np.zeros(len(table)), numbers, np.zeros((2, len(shell_size))), np.zeros(2))
-        for start in range(0, len(self.owned), IMAGES_PER_READ):
-            ids = self.owned[start : start + IMAGES_PER_READ]
-            prepared = preparer.read(ids)
-            statistics.deviation[ids] = prepared.deviation
-            statistics.fingerprint[ids] = prepared.fingerprint
-            for h in (0, 1):
-                mine = (self.half[ids] == h) & ~table.held_out[ids]
-                statistics.power[h] += prepared.power[mine].sum(0)
-                statistics.count[h] += int(mine.sum())
-            self._spectra[start : start + len(ids)] = prepared.spectra
-            progress(start + len(ids))
-        statistics.power /= shell_size
-        return statistics
+    def _place_rows(self, kept: CachedImages) -> None:
+        """Take images from the disk."""
+        place = np.full(len(self._row), -1)
+        place[kept.ids] = np.arange(len(kept.ids))
+        places = place[self.owned]  # of every row
+        statistics = _Sums(self._table, kept.preparer.shells)
+        for ids, found in kept.statistics(np.sort(places)):
+            statistics.add(ids, found)
+        self.statistics = statistics.total()
+
+        def gather(rows: np.ndarray, out: Tensor) -> None:
+            kept.gather(places[rows], out)
+            if self._null is not None:
+                self._null.change(out, self.owned[rows])
+
+        self._spectra = None
+        self._courier = DiskCourier(gather, kept.preparer.shape, kept.preparer.dtype, self.device)
 
     def normalise(self, deviation: np.ndarray) -> None:
         """Set the scale of all images from the noise levels (N,) of all particles, gathered from all ranks.
@@ -168,15 +180,13 @@ class ParticleDataset:
         if self._cropped:
             level[:, self.box // 2], level[:, :, self.box // 2] = 0, 0  # as fourier_crop leaves them
         beyond = shells >= null_shell(null_shell_a, self.box, self.pixel_size_a) - 1e-6 if kind == "phases" else None
+        null = Null(same, self.half, level, beyond, seed)
+        if self._spectra is None:
+            self._null = null  # what others share on disk stays as it is; images are changed as they come from there
+            return
         for start in range(0, len(self.owned), IMAGES_PER_READ):
-            ids = self.owned[start : start + IMAGES_PER_READ]
-            rows = slice(start, start + len(ids))
-            white = white_spectra(same[ids], self.box, seed)
-            if kind == "noise":
-                spectra = white * level[self.half[ids]]
-            else:
-                spectra = random_phases(torch.view_as_complex(self._spectra[rows].float().cpu()), white, beyond)
-            self._spectra[rows] = torch.view_as_real(spectra)
+            rows = slice(start, start + IMAGES_PER_READ)
+            null.change(self._spectra[rows], self.owned[rows])
 
     def batch(self, ids: np.ndarray) -> Batch:
         """The particles ``ids``, which this rank owns, on its device."""
@@ -190,7 +200,7 @@ class ParticleDataset:
         """What ``select`` makes batches of, one after the other.
 
         All ids go to the device at the beginning, in one copy; after that the host waits for nothing. Half-spectra
-        that are held by the host are sent a batch ahead.
+        that are held by the host are sent a batch ahead; those on disk are gathered some batches ahead.
         """
         # Row -1 would be the last image: another particle's pixels under this one's pose, and no error.
         assert all((self._row[ids] >= 0).all() for ids in order), "a batch has a particle of another rank"
@@ -199,11 +209,11 @@ class ParticleDataset:
         if self._courier is None:
             yield from map(Chosen, order, places)
             return
-        rows = torch.from_numpy(self._row[every]).split(sizes)
-        sent = [self._courier.send(first) for first in rows[:1]]
-        for number, (ids, at) in enumerate(zip(order, places, strict=True)):
-            stored = self._courier.take(sent.pop())
-            sent += [self._courier.send(following) for following in rows[number + 1 : number + 2]]
+        rows = iter(torch.from_numpy(self._row[every]).split(sizes))
+        sent = collections.deque(self._courier.send(first) for first in itertools.islice(rows, self._courier.ahead))
+        for ids, at in zip(order, places, strict=True):
+            stored = self._courier.take(sent.popleft())
+            sent.extend(self._courier.send(following) for following in itertools.islice(rows, 1))
             yield Chosen(ids, at, stored)
 
     def select(self, chosen: Chosen) -> Batch:
@@ -221,9 +231,42 @@ class ParticleDataset:
             None if self._phases is None else self._phases[self._optics[at]],
         )
 
+    def in_file_order(self, ids: np.ndarray) -> np.ndarray:
+        """The particles ``ids`` (n,) in the order in which their images lie on disk, and are read fastest."""
+        return self._table.images.in_file_order(ids)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds so far in which this rank waited for images to come from the disk or from the host's memory."""
+        return 0.0 if self._courier is None else self._courier.waited_s
+
     @property
     def bytes_in_memory(self) -> int:
-        return self._spectra.numel() * self._spectra.element_size()
+        return 0 if self._spectra is None else self._spectra.numel() * self._spectra.element_size()
+
+
+class _Sums:
+    """Statistics on their way: images are added in any pieces of one order, always with the same result."""
+
+    def __init__(self, table: ParticleTable, shells: int):
+        self._table, self.images = table, 0
+        self._made = Statistics(
+            np.zeros(len(table)), np.zeros((len(table), NUMBERS)), np.zeros((2, shells)), np.zeros(2)
+        )
+
+    def add(self, ids: np.ndarray, prepared: Prepared) -> None:
+        made, self.images = self._made, self.images + len(ids)
+        made.deviation[ids], made.fingerprint[ids] = prepared.deviation, prepared.fingerprint
+        for h in (0, 1):
+            mine = (self._table.half[ids] == h) & ~self._table.held_out[ids]
+            # One by one and not as a sum of sums, so that it does not matter where pieces begin.
+            for power in prepared.power[mine].astype(np.float64):
+                made.power[h] += power
+            made.count[h] += int(mine.sum())
+
+    def total(self) -> Statistics:
+        self._made.power /= shells_of(self._table.box)[1]
+        return self._made
 
 
 def radial_noise(power: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -73,7 +73,7 @@ class Descent:
         self._gains.append(-value)
         if self._held_out is not None:
             self._held_out_gains.append(-self._held_out(drawn.detach())[0])
-        wanted = 0.5 * self._volume.prior * (mixture.shares() * mixture.gaussians - 1).square().sum()
+        wanted = 0.5 * self._volume.prior * (mixture.shares() * mixture.drawn[0] - 1).square().sum()
         torch.autograd.backward([drawn, wanted], [gradient, torch.ones_like(wanted)])
         progress = self.steps / self._volume.steps
         self._adam.step(LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -23,8 +23,8 @@ PAPER_DPI = 200
 SCREEN_DPI = 100
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; the dashes serve printers without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
-_DASHES = ("-", (0, (6, 1.5)), (0, (2, 1.2)), "-.", ":")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+DASHES = ("-", (0, (6, 1.5)), (0, (2, 1.2)), "-.", ":")
 TITLE, LABEL, TICK = 10.0, 9.5, 8.5  # pt
 GREY = "0.45"
 
@@ -105,7 +105,7 @@ def fsc_figure(
         known = np.isfinite(curve.fsc[1:]).any()
         levels = [level for level in thresholds if known and (levels is None or level in levels)]
         crossings = [(level, resolution(curve, level)) for level in levels]
-        colour, dashes, width = _STYLES.get(name, (_COLOURS[number % 5], _DASHES[number % 5], 1.8))
+        colour, dashes, width = _STYLES.get(name, (COLOURS[number % 5], DASHES[number % 5], 1.8))
         read = ", ".join(f"{_angstrom(crossing)} at {level:g}" for level, crossing in crossings)
         if name in ("corrected", "calibrated_map") and curve.error is not None:
             low, high = (curve.fsc + sign * curve.error for sign in (-1, 1))
@@ -142,7 +142,7 @@ def guinier_figure(sharpened: Sharpened) -> Figure:
     for name, values in sharpened.amplitudes.items():
         number = list(_GUINIER).index(name)
         logarithms = np.log(values[1:], out=np.full(len(squares), np.nan), where=values[1:] > 0)
-        style = {"color": _COLOURS[number], "linestyle": _DASHES[number], "linewidth": 1.8}
+        style = {"color": COLOURS[number], "linestyle": DASHES[number], "linewidth": 1.8}
         axes.plot(squares, logarithms, label=_GUINIER[name], zorder=3, **style)
         seen.append(logarithms[squares <= cut_off])  # beyond it, weights and filter fall without a floor
     fit, label = sharpened.fit, f"B = {sharpened.b_factor_a2:.1f} Å²"
@@ -151,7 +151,7 @@ def guinier_figure(sharpened: Sharpened) -> Figure:
     else:
         ends = np.array([fit.from_a, fit.to_a]) ** -2.0
         label += f", fitted from {fit.from_a:.3g} to {fit.to_a:.3g} Å (R² {fit.r_squared:.3f})"
-        axes.plot(ends, fit.intercept + fit.slope * ends, "o-", color=_COLOURS[4], markersize=4, label=label, zorder=4)
+        axes.plot(ends, fit.intercept + fit.slope * ends, "o-", color=COLOURS[4], markersize=4, label=label, zorder=4)
     axes.axvline(cut_off, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         f"{sharpened.resolution_a:.3g} Å", (cut_off, 1), (0, 2), xycoords=("data", "axes fraction"),
@@ -248,7 +248,7 @@ def volume_fit_figure(columns: Mapping[str, np.ndarray]) -> Figure:
     for number, (loss, label) in enumerate(_LOSS_NAMES.items()):
         column = loss.replace("loss", "gain")
         if column in columns:
-            style = {"color": _COLOURS[number], "linestyle": _DASHES[number]}
+            style = {"color": COLOURS[number], "linestyle": DASHES[number]}
             axes.plot(columns["step"], columns[column], linewidth=1.6, label=label, **style)
     axes.legend(fontsize=TICK, frameon=False)
     axes.set_xlabel("step of the fit in the volume", fontsize=LABEL)
@@ -270,10 +270,10 @@ def loss_figure(metrics: Mapping[str, np.ndarray]) -> Figure:
         there = np.isfinite(values)
         if not there.any():
             continue
-        colour = _COLOURS[number]
+        colour = COLOURS[number]
         smooth = _running_mean(values[there])
         axes.plot(steps[there], values[there], color=colour, linewidth=0.6, alpha=0.25)
-        axes.plot(steps[there], smooth, color=colour, linewidth=1.6, linestyle=_DASHES[number], label=label)
+        axes.plot(steps[there], smooth, color=colour, linewidth=1.6, linestyle=DASHES[number], label=label)
         drawn.append(values[there])
     if drawn:
         # The first steps from a random start can be far above all that follows.
@@ -297,7 +297,7 @@ def panels_figure(panels: Sequence) -> Figure:
     for axes, panel in zip(places, panels, strict=False):
         for number, (label, values) in enumerate(panel.lines.items()):
             colour, dash = (number // 2, number % 2) if panel.in_pairs else (number, number)
-            style = {"color": _COLOURS[colour % len(_COLOURS)], "linestyle": _DASHES[dash % len(_DASHES)]}
+            style = {"color": COLOURS[colour % len(COLOURS)], "linestyle": DASHES[dash % len(DASHES)]}
             single = "o" if len(panel.x) == 1 else None
             axes.plot(panel.x, values, linewidth=1.6, label=label, marker=single, **style)
         if panel.band is not None:

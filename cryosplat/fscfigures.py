@@ -1,4 +1,6 @@
-"""Figures of resolution by direction and of viewing directions, as matplotlib Figures; ``figures.save`` writes them."""
+"""Figures of resolution by direction, of views and of runs side by side; ``figures.save`` writes them."""
+
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -7,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from cryosplat.directional import DirectionalFsc
-from cryosplat.figures import GREY, LABEL, TICK, TITLE, frequency_axis
+from cryosplat.figures import COLOURS, DASHES, GREY, LABEL, TICK, TITLE, frequency_axis
 from cryosplat.fsc import FscCurve
 
 _LONGITUDES, _LATITUDES = 72, 36
@@ -43,6 +45,35 @@ def directional_figure(directional: DirectionalFsc) -> Figure:
     globe = resolutions[nearest].reshape(_LATITUDES, _LONGITUDES)
     axes = _globe(figure, (1, 2, 2), globe, "resolution at FSC 0.143 (Å)", "viridis_r")
     axes.set_title("by direction of the cone", fontsize=TITLE)
+    return figure
+
+
+def comparison_figure(panels: Mapping[str, Mapping[str, FscCurve]]) -> Figure:
+    """Curves of several runs laid over each other, two panels a row.
+
+    Args:
+        panels: curves by run, by title of the panel; a run has one colour in all of them.
+    """
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    rows = -(-len(panels) // 2)
+    figure = _canvas(11.0, 3.5 * rows)
+    places = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes, (title, curves) in zip(places, panels.items(), strict=False):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=TICK)
+        for name, curve in curves.items():
+            number = names.index(name)
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+            axes.plot(curve.frequency[1:], curve.fsc[1:], linewidth=1.6, label=name, **style)
+        for level in (0.5, 0.143):
+            axes.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axes.set_ylim(-0.1, 1.03)
+        axes.set_ylabel("FSC", fontsize=LABEL)
+        axes.set_title(title, fontsize=TITLE)
+        axes.legend(fontsize=TICK, frameon=False)
+        frequency_axis(axes, max(curves.values(), key=lambda curve: curve.frequency[-1]))
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
     return figure
 
 

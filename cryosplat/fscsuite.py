@@ -76,6 +76,7 @@ def fsc_suite(
     mask: np.ndarray | Literal["none"] | None = None,
     seed: int = 0,
     directions: bool = True,
+    copies: int = 1,
 ) -> FscSuite:
     """Every curve of a pair of half maps.
 
@@ -86,6 +87,7 @@ def fsc_suite(
             "none": no mask and no correction.
         seed: of the random phases.
         directions: conical FSC, too.
+        copies: operators of the symmetry that both maps were made with; 1: none.
 
     Raises:
         InputError: maps of different boxes, not finite, or a mask that ``masks.check_mask`` refuses.
@@ -94,7 +96,7 @@ def fsc_suite(
     check_maps({"half map a": half_a, "half map b": half_b} | ({} if given is None else {"the mask": given}))
     half_a, half_b = np.asarray(half_a, dtype=np.float32), np.asarray(half_b, dtype=np.float32)
     used, warnings = _masks(half_a + half_b, pixel_size_a, mask)
-    pair = _Pair(half_a, half_b, float(pixel_size_a))
+    pair = _Pair(half_a, half_b, float(pixel_size_a), copies)
     curves = {"unmasked": pair.curve(), "sphere": pair.curve(masks.spherical_mask(len(half_a)))}
     curves |= {name: pair.curve(volume) for name, volume in used.items()}
     name, volume = next(reversed(used.items())) if used else (None, None)
@@ -142,11 +144,12 @@ def _anisotropic(directional: DirectionalFsc | None) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two half maps (D, D, D) and their A/px."""
+    """Two half maps (D, D, D), their A/px and how often each of their values is there by symmetry."""
 
     half_a: np.ndarray
     half_b: np.ndarray
     pixel_size_a: float
+    copies: int
 
     def curve(self, mask: np.ndarray | None = None) -> FscCurve:
         """FSC under a mask, with errors."""
@@ -173,12 +176,13 @@ class _Pair:
         cross, *low_powers = shell_sums(*(masked_spectrum(volume, mask, np.float32) for volume in low))
         _, *drawn_powers = shell_sums(*(masked_spectrum(volume, mask, np.float32) for volume in drawn))
         values = correlation(np.stack([cross, *np.add(low_powers, drawn_powers)]))
-        independent = independent_voxels(len(mask), mask)
+        independent = independent_voxels(len(mask), mask, self.copies)
         return FscCurve(values, len(mask), self.pixel_size_a, np.abs(values) / np.sqrt(independent))
 
     def _with_errors(self, values: np.ndarray, mask: np.ndarray | None) -> FscCurve:
         box = len(self.half_a)
-        return FscCurve(values, box, self.pixel_size_a, standard_error(values, independent_voxels(box, mask)))
+        independent = independent_voxels(box, mask, self.copies)
+        return FscCurve(values, box, self.pixel_size_a, standard_error(values, independent))
 
 
 def randomisation_shell(unmasked: FscCurve) -> int | None:

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from cryosplat import ops
@@ -32,14 +34,26 @@ class GaussianMixture(nn.Module):
     Where the mixtures are seen together, as (M, G, ...), G is the size of the largest. The others are filled up with
     Gaussians of amplitude zero, which are no parameters.
 
+    With a symmetry of K operators S the parameters are those of one asymmetric unit. What is drawn has K G Gaussians,
+    of means S m, covariances S C S^T and equal amplitudes, the copies by S one after the other and the unit itself
+    first; so the gradient of a parameter is the sum over its copies. Amplitudes are such that ``unit`` is the whole's.
+
     Args:
         models: M.
-        gaussians: how many in each mixture, one number for all or M.
+        gaussians: parameters in each mixture (with a symmetry: of one asymmetric unit), one number for all or M.
         amplitudes: "signed" or "positive".
         scale_range: least and greatest scale, fractions of the box.
+        symmetry: (K, 3, 3) operators of a point group, the identity first; None: no symmetry.
     """
 
-    def __init__(self, models: int, gaussians: int | Sequence[int], amplitudes: str, scale_range: tuple[float, float]):
+    def __init__(
+        self,
+        models: int,
+        gaussians: int | Sequence[int],
+        amplitudes: str,
+        scale_range: tuple[float, float],
+        symmetry: np.ndarray | None = None,
+    ):
         super().__init__()
         self.counts = (gaussians,) * models if isinstance(gaussians, int) else tuple(gaussians)
         assert len(self.counts) == models, "a number of Gaussians for every model"
@@ -51,9 +65,13 @@ class GaussianMixture(nn.Module):
         filler = torch.zeros(NUMBERS)
         filler[SCALE], filler[QUATERNION] = self.raw_scale_range[0], torch.tensor([1.0, 0.0, 0.0, 0.0])
         self.register_buffer("_filler", filler, persistent=False)
-        counts = torch.tensor(self.counts)[:, None]
+        self.copies = 1 if symmetry is None else len(symmetry)
+        operators = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else torch.from_numpy(symmetry)
+        self.register_buffer("_operators", operators.float(), persistent=False)
+        self.register_buffer("_on_covariances", _on_covariances(operators).float(), persistent=False)
+        counts = torch.tensor(self.counts)[:, None] * self.copies
         self.register_buffer("_equal", SIGNED_START * counts, persistent=False)
-        there = torch.arange(self.gaussians) < counts
+        there = torch.arange(self.gaussians) < torch.tensor(self.counts)[:, None]
         self.register_buffer("_there", there, persistent=False)
 
     @property
@@ -62,8 +80,13 @@ class GaussianMixture(nn.Module):
 
     @property
     def gaussians(self) -> int:
-        """G, of the largest mixture."""
+        """G, of the largest mixture, without copies."""
         return max(self.counts)
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Gaussians of each mixture with their copies."""
+        return tuple(self.copies * count for count in self.counts)
 
     @property
     def theta(self) -> Tensor:
@@ -92,17 +115,17 @@ class GaussianMixture(nn.Module):
             mixture[:, AMPLITUDE] = self.raw_amplitude_of_equals(len(mixture))
 
     def raw_amplitude_of_equals(self, count: int) -> float:
-        """The raw amplitude of each of ``count`` equal Gaussians that add up to ``unit``."""
-        return inverse_softplus(1.0 / count) if self.positive else SIGNED_START
+        """The raw amplitude of each of ``count`` equal Gaussians that, with their copies, add up to ``unit``."""
+        return inverse_softplus(1.0 / (self.copies * count)) if self.positive else SIGNED_START
 
     def shares(self) -> Tensor:
-        """Amplitudes (M, G) over ``unit``; 0 for fillers."""
+        """Amplitudes (M, G) over ``unit``, those of equal copies left out; 0 for fillers."""
         raw = self.theta[..., AMPLITUDE]
         shares = nn.functional.softplus(raw) if self.positive else raw / self._equal
         return shares * self._there
 
     def amplitudes(self) -> Tensor:
-        """Integrals (M, G) of the Gaussians, image units times the box's area; sums to ``unit`` at the start."""
+        """Integrals (M, G) of the Gaussians, image units times the box's area; with copies ``unit`` at the start."""
         return self.unit[:, None] * self.shares()
 
     def scales(self) -> Tensor:
@@ -110,10 +133,15 @@ class GaussianMixture(nn.Module):
         return nn.functional.softplus(self.theta[..., SCALE])
 
     def in_pixels(self, box: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Means (M, G, 3), covariances (M, G, 6) and amplitudes (M, G) for a grid of ``box`` pixels."""
+        """Means (M, K G, 3), covariances (M, K G, 6) and amplitudes (M, K G) for a grid of ``box`` pixels."""
         theta = self.theta
         covariances = ops.covariances(theta[..., QUATERNION], nn.functional.softplus(theta[..., SCALE]) * box)
-        return theta[..., MEAN] * box, covariances, self.amplitudes() * box**2
+        means, amplitudes = theta[..., MEAN] * box, self.amplitudes() * box**2
+        if self.copies == 1:
+            return means, covariances, amplitudes
+        turned = torch.einsum("kij,mgj->mkgi", self._operators, means)
+        covariances = torch.einsum("kij,mgj->mkgi", self._on_covariances, covariances)
+        return turned.flatten(1, 2), covariances.flatten(1, 2), amplitudes.repeat(1, self.copies)
 
     def project(self, rotations: Tensor, shifts: Tensor, model: Tensor, box: int, cutoff: float) -> Tensor:
         """Images (V, D, D) without CTF of mixtures ``model`` (V,) at poses (V, 3, 3) and shifts (V, 2) in pixels."""
@@ -142,19 +170,39 @@ class GaussianMixture(nn.Module):
 
     @torch.no_grad()
     def export(self, model: int, box: int, pixel_size_a: float) -> dict[str, Tensor]:
-        """One mixture in physical units.
+        """One mixture in physical units, copies included: its first G / K Gaussians are the asymmetric unit.
 
         Returns:
             ``means`` (G, 3) in A from the box centre (x, y, z), ``scales`` (G, 3) in A, ``quaternions``
             (G, 4) normalised w, x, y, z, ``amplitudes`` (G,) in image units times A^2.
         """
-        side_a, mixture = box * pixel_size_a, self.mixtures[model]
+        side_a, mixture, copies = box * pixel_size_a, self.mixtures[model], self.copies
+        quaternions = nn.functional.normalize(mixture[:, QUATERNION], dim=-1)
         return {
-            "means": mixture[:, MEAN] * side_a,
-            "scales": nn.functional.softplus(mixture[:, SCALE]) * side_a,
-            "quaternions": nn.functional.normalize(mixture[:, QUATERNION], dim=-1),
-            "amplitudes": self.amplitudes()[model, : len(mixture)] * side_a**2,
+            "means": (mixture[:, MEAN] @ self._operators.mT).flatten(0, 1) * side_a,
+            "scales": nn.functional.softplus(mixture[:, SCALE]).repeat(copies, 1) * side_a,
+            "quaternions": _turned(quaternions, self._operators),
+            "amplitudes": self.amplitudes()[model, : len(mixture)].repeat(copies) * side_a**2,
         }
+
+
+def _on_covariances(operators: Tensor) -> Tensor:
+    """(K, 6, 6): what S C S^T is of the entries xx, xy, xz, yy, yz, zz of a symmetric matrix C, S (K, 3, 3)."""
+    rows, columns = torch.triu_indices(3, 3)
+    units = torch.zeros(6, 3, 3, dtype=operators.dtype)
+    units[torch.arange(6), rows, columns] = units[torch.arange(6), columns, rows] = 1
+    turned = torch.einsum("kij,ejl,knl->kein", operators, units, operators)
+    return turned[:, :, rows, columns].mT.contiguous()
+
+
+def _turned(quaternions: Tensor, operators: Tensor) -> Tensor:
+    """Quaternions (K G, 4) of S R from those of R (G, 4), w x y z, and S (K, 3, 3)."""
+    if len(operators) == 1:
+        return quaternions
+    xyzw = Rotation.from_matrix(operators.double().cpu().numpy()).as_quat()
+    w, x, y, z = torch.from_numpy(xyzw).to(quaternions)[:, [3, 0, 1, 2]].T
+    product = torch.stack([w, -x, -y, -z, x, w, -z, y, y, z, w, -x, z, -y, x, w], 1).reshape(-1, 4, 4)
+    return (quaternions @ product.mT).flatten(0, 1)
 
 
 def mixture_to_map(mixture: dict[str, Tensor], box: int, pixel_size_a: float) -> Tensor:

@@ -216,7 +216,7 @@ def _image_number(listing: Listing) -> np.ndarray:
 
 def _as_halves(values: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
     # RELION counts its subsets from 1. The whole column tells, so that a subset is read alike.
-    first = 1 if values.max() == 2 else 0
+    first = 1 if (values == 2).any() or name.startswith("rlnRandomSubset") else 0
     half = values[rows] - first
     bad = np.flatnonzero((half != 0) & (half != 1))
     if len(bad):

@@ -46,6 +46,7 @@ class StackHeader:
     box: int  # px, even; images are square
     pixel_type: np.dtype
     pixel_size_a: float  # A/px; 0 where the header has none
+    start: int = _HEADER_BYTES  # byte of the first pixel
 
 
 def read_header(path: str | os.PathLike) -> StackHeader:
@@ -77,8 +78,9 @@ def read_header(path: str | os.PathLike) -> StackHeader:
         )
     if mode not in _PIXEL_TYPES or min(nx, ny) < 1 or nz < 0 or extended < 0:
         raise InputError(f"{path}: not an MRC stack (mode {mode}, {nx} x {ny} x {nz} pixels)")
-    header = StackHeader(nz, ny, np.dtype(_PIXEL_TYPES[mode]), length_x_a / mx if mx > 0 and length_x_a > 0 else 0.0)
-    _check_shape(path, nx, header, size - _HEADER_BYTES - extended)
+    pixel_size_a = length_x_a / mx if mx > 0 and length_x_a > 0 else 0.0
+    header = StackHeader(nz, ny, np.dtype(_PIXEL_TYPES[mode]), pixel_size_a, _HEADER_BYTES + extended)
+    _check_shape(path, nx, header, size - header.start)
     return header
 
 
@@ -136,8 +138,19 @@ class ImageReader:
         stack, slices = self.stack[ids], self.slices[ids]
         order = np.lexsort((slices, stack))
         for part in np.split(order, np.flatnonzero(np.diff(stack[order])) + 1):
-            images[part] = _read_stack(self.paths[stack[part[0]]], slices[part], self.box)
+            path = self.paths[stack[part[0]]]
+            header = _require_images(path, slices[part], self.box)
+            first, last = int(part[0]), int(part[-1])
+            neighbours = (np.diff(part) == 1).all() and (np.diff(slices[part]) == 1).all()
+            if neighbours and header.pixel_type == np.float32:
+                _read_stretch(path, header, int(slices[first]), images[first : last + 1])
+            else:
+                images[part] = _read_stack(path, header, slices[part])
         return images
+
+    def in_file_order(self, ids: np.ndarray) -> np.ndarray:
+        """The particles ``ids`` (n,) in the order in which their images lie on disk."""
+        return ids[np.lexsort((self.slices[ids], self.stack[ids]))]
 
     def location(self, particle: int) -> str:
         """File and image of a particle, for messages."""
@@ -168,12 +181,32 @@ def _mrc_source() -> type:
     return MRCFileSource
 
 
-def _read_stack(path: Path, slices: np.ndarray, box: int) -> np.ndarray:
-    """Images (n, D, D) of one stack through cryodrgn, which reads ``slices`` at one go if they are contiguous."""
+def _require_images(path: Path, slices: np.ndarray, box: int) -> StackHeader:
+    """The header of a stack that still has these images."""
     header = read_header(path)
     # cryodrgn reads a short file as it is, and numpy would repeat one image in place of several.
     if header.images <= slices.max() or header.box != box:
         raise InputError(f"{path}: the stack has changed since it was checked; it has {header.images} images now")
+    return header
+
+
+def _read_stretch(path: Path, header: StackHeader, first: int, images: np.ndarray) -> None:
+    """Neighbours on disk from ``first`` on, float32, into ``images`` (n, D, D) itself: cryodrgn would copy them twice,
+    which takes longer than their transforms."""
+    wanted = memoryview(images).cast("B")
+    try:
+        with open(path, "rb", buffering=0) as handle:
+            handle.seek(header.start + first * images[0].nbytes)
+            while len(wanted) and (read := handle.readinto(wanted)):
+                wanted = wanted[read:]
+    except OSError as error:
+        raise InputError(f"{path}: the images cannot be read any more ({error})") from error
+    if len(wanted):
+        raise InputError(f"{path}: the images cannot be read any more (the file has become shorter)")
+
+
+def _read_stack(path: Path, header: StackHeader, slices: np.ndarray) -> np.ndarray:
+    """Images (n, D, D) of one stack through cryodrgn, which reads ``slices`` at one go if they are contiguous."""
     try:
         images = _mrc_source()(str(path), lazy=True, indices=slices).images(as_numpy=True)
     except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """The ``inspect`` command: what a file holds, whether a run could start from it, and the configuration for that."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from cryosplat.config import check_files, find_config, load_config, resolve_path
 from cryosplat.directional import SIDE_VIEWS_EVENNESS
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
+from cryosplat.images import read_header
 from cryosplat.imagesurvey import survey_images
 from cryosplat.settings import INPUTS, NO_CTF, Config
 from cryosplat.survey import COVERED_DEG, Survey, survey
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def is_particles(path: Path, configured: bool) -> bool:
-    """Whether a run would take the file for its particles or its settings; a .mrc only if settings come with it.
+    """Whether a run would take the file for its particles or its settings; a cubic .mrc only if settings come with it.
 
     Raises:
         InputError: there is nothing.
@@ -74,7 +76,12 @@ def is_particles(path: Path, configured: bool) -> bool:
         return True
     if not path.exists():
         raise InputError(f"{path}: nothing there")
-    return path.is_file() and (suffix in PARTICLES or (suffix == ".mrc" and configured))
+    if suffix == ".mrc" and not configured:
+        with contextlib.suppress(InputError):  # odd, or no stack in another way: said where it is read as a map
+            header = read_header(path)
+            return header.images != header.box
+        return False
+    return path.is_file() and (suffix in PARTICLES or suffix == ".mrc")
 
 
 def inspect_particles(path: Path, settings: list[str]) -> tuple[Survey, str]:
@@ -87,7 +94,8 @@ def inspect_particles(path: Path, settings: list[str]) -> tuple[Survey, str]:
         OmegaConf.update(given, "data.particles", str(path.absolute()))
     found = survey(config)
     if found.listing is not None:
-        found.attempt(lambda: check_files(found.config))
+        if found.facts.get("poses", {}).get("from"):  # else that is known as a problem
+            found.attempt(lambda: check_files(found.config))
         survey_images(found)
     for word in [*settings, *(f"{key}={value}" for key, value in found.added.items())]:
         key, _, value = word.partition("=")
@@ -193,7 +201,7 @@ def _poses(facts: dict) -> list[str]:
         shifts = facts["shifts_a"]
         said[0] += f"; shifts {shifts['median']:.2f} A (median), {shifts['largest']:.2f} A (largest)"
     if "covered" in facts:
-        note = " (1: even; below 0.81, that of side views alone, a map is uneven)"
+        note = " (1: even; below 0.81, that of side views alone, a map is uneven, unless symmetry adds views)"
         said.append(
             f"{facts['covered']:.0%} of all directions have a view within {COVERED_DEG:g} degrees; the farthest is "
             f"{facts['largest_gap_deg']:.0f} degrees from any view; evenness {facts['evenness']:.2f}"
@@ -287,6 +295,7 @@ _WORDS = {
     "optics": _optics,
     "poses": _poses,
     "ctf": _ctf,
+    "aberrations": list,
     "halves": _halves,
     "micrographs": _micrographs,
     "duplicates": _duplicates,

@@ -87,9 +87,10 @@ def require_signal(maps: LinearMaps) -> None:
     Raises:
         InputError: what is left agrees in fewer than ``LEAST_SHELLS`` shells; with what to check.
     """
-    left = (_without_ball(half.map) for half in maps.halves)
+    left = (without_ball(half.map) for half in maps.halves)
     curve = fsc(*left, maps.pixel_size_a, maps.mask).fsc
-    voxels = maps.calibration.sums.voxels.sum(1) * float(np.mean(maps.mask**2))  # independent ones under the mask
+    # Independent ones under the mask.
+    voxels = maps.calibration.sums.voxels.sum(1) * float(np.mean(maps.mask**2)) / maps.halves[0].copies
     clear = np.maximum(RESOLUTION_THRESHOLD_HALF_MAPS, SIGNAL_CERTAINTY / np.sqrt(np.maximum(voxels, 1)))
     agreed = int((curve > clear)[1:].sum())
     if agreed < LEAST_SHELLS:
@@ -103,7 +104,8 @@ def require_signal(maps: LinearMaps) -> None:
         )
 
 
-def _without_ball(volume: np.ndarray) -> np.ndarray:
+def without_ball(volume: np.ndarray) -> np.ndarray:
+    """A map (D, D, D) less its mean over directions."""
     shell = np.rint(radii(len(volume))).astype(np.int64).ravel()
     mean = np.bincount(shell, volume.ravel()) / np.maximum(np.bincount(shell), 1)
     return volume - mean[shell].reshape(volume.shape).astype(np.float32)

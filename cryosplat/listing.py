@@ -213,6 +213,8 @@ def _image_numbers(path: Path, values: list[str]) -> np.ndarray:
     def convert():
         nonlocal row
         for value in values:
+            if "_" in value or not value.isascii():  # which Python would read
+                raise ValueError
             yield int(value)
             row += 1
 

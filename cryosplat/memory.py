@@ -5,20 +5,25 @@ takes awaits one (benchmarks/gpu.md). So a margin is kept, and what does not fit
 which halves its micro-batch.
 """
 
+import contextlib
 import logging
 import math
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import psutil
 import torch
 
 from cryosplat import distributed
 from cryosplat.backprojection import PADDING
+from cryosplat.batches import Courier
 from cryosplat.errors import InputError
 from cryosplat.gaussians import NUMBERS
-from cryosplat.imageprep import IMAGES_PER_READ
+from cryosplat.imageprep import IMAGES_PER_READ, training_box
 from cryosplat.particles import ParticleTable
+from cryosplat.prefetch import DiskCourier
 from cryosplat.quadratic import MARGIN as FIT_MARGIN
 from cryosplat.quadratic import fast_size
 from cryosplat.reconstruction import MODEL_NAMES
@@ -53,8 +58,15 @@ FOOTPRINT, SOLID, REGION, SLAB = 32, 64, 32, 8
 """Bytes of a Gaussian in a view and in a volume, px of the regions and planes that have a bit for each Gaussian
 (csrc/cuda)."""
 
-ON_THEIR_WAY = 3
-"""Batches that are on the GPU at a time if images come from the host: at work, sent, and not yet given back."""
+ON_THEIR_WAY = 2
+"""Batches that are on the GPU at a time beside those sent ahead, if images come from elsewhere: at work, and not yet
+given back."""
+
+AHEAD = {"host": Courier.ahead, "disk": DiskCourier.ahead}
+"""Batches sent ahead, by where images are held."""
+
+HOST_SHARE = 0.75
+"""Fraction of the free memory of a node that images may have, if nothing else is asked for."""
 
 SMALLEST_SHARE = 4
 """Images stay on the GPU if that leaves room for one part in this many of a batch at a time; else the host has them."""
@@ -109,8 +121,8 @@ class Task:
         views = min(self.models, 2) * min(micro_batch, self.batch)
         step = views * (STEP_BYTES * box**2 + gaussians * (FOOTPRINT + bits))
         step += 4 * NUMBERS * COPIES * self.models * gaussians
-        if cache == "host":
-            step += ON_THEIR_WAY * self.batch * self.image_bytes
+        if cache in AHEAD:
+            step += (ON_THEIR_WAY + AHEAD[cache]) * self.batch * self.image_bytes
         return {
             "images": self.images * self.image_bytes if cache == "device" else 0,
             "reading": IMAGES_PER_READ * self.stored_box**2 * READ_BYTES,
@@ -128,7 +140,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where images are held ("device" or "host"), and how many a rank takes at a time (None: all of its share)."""
+    """Where images are held ("device", "host", "disk"), and how many a rank takes at a time (None: all its share)."""
 
     cache: str = "device"
     micro_batch: int | None = None
@@ -158,15 +170,18 @@ def plan_memory(
         InputError: nothing fits; with what would.
     """
     data, train = config.data, config.train
+    box, number_bytes = training_box(data.box, table), 2 if data.precision == "half" else 4
+    of_node = len(table) * min(1, world.local_size / world.size) * box * (box // 2 + 1) * 2 * number_bytes
     if free is None:
-        return Plan("host" if data.cache == "host" else "device", train.micro_batch)
+        place = "device" if data.cache == "auto" else data.cache
+        return Plan(_housed(place, data.cache, of_node), train.micro_batch)
     mine, models = batches.owner(world.size) == world.rank, len(MODEL_NAMES) if config.maps.halves else 1
     epoch = batches.epoch(0) if trains and train.epochs else []
     task = Task(
         images=int(mine.sum()),
         stored_box=table.box,
-        box=data.box or table.box,
-        number_bytes=2 if data.precision == "half" else 4,
+        box=box,
+        number_bytes=number_bytes,
         models=models if trains else 0,
         gaussians=config.model.gaussians or MOST,
         grids=grids,
@@ -175,6 +190,8 @@ def plan_memory(
         batch=max((int(mine[ids].sum()) for ids in epoch), default=0),
     )
     chosen = choose(task, free, data.cache, train.micro_batch)
+    if chosen.cache == "host":
+        chosen = replace(chosen, cache=_housed("host", data.cache, of_node))
     need = task.need(chosen.cache, chosen.micro_batch or task.batch)
     logger.info(
         "rank %d: about %.2g of %.2g GiB of free GPU memory are needed, images on the %s",
@@ -189,7 +206,7 @@ def choose(task: Task, free: int, cache: str, micro_batch: int | None) -> Plan:
     Args:
         task: of this rank.
         free: bytes of its GPU's memory that it may use.
-        cache: "auto", "device" or "host".
+        cache: "auto", "device", "host" or "disk".
         micro_batch: None: as many as fit.
 
     Raises:
@@ -211,6 +228,26 @@ def free_bytes(world: distributed.World) -> int | None:
     return torch.cuda.mem_get_info(world.device)[0] // sharing if on_gpu else None
 
 
+def _housed(place: str, asked: str, need: float) -> str:
+    """``place``, in a node's memory; or the disk, if nothing was asked for and that memory is too small."""
+    if asked != "auto" or need <= HOST_SHARE * (has := free_host_bytes()):
+        return place
+    logger.info("images take %.3g GiB, and %.3g of memory are free: they go to the disk", need / 2**30, has / 2**30)
+    return "disk"
+
+
+def free_host_bytes() -> int:
+    """Memory of this node that is free now, or of what the job was given of it if that is less."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        for folder in (group, *group.parents):
+            limit = folder / "memory.max"
+            if limit.exists() and (most := limit.read_text().strip()) != "max":
+                free = min(free, int(most) - int((folder / "memory.current").read_text()))
+    return free
+
+
 def _room(free: int) -> float:
     return (1 - MARGIN) * (free - RESERVED)
 
@@ -227,7 +264,7 @@ def _choices(cache: str, micro_batch: int, may_shrink: bool) -> Iterator[tuple[s
 
 
 def _refusal(task: Task, free: int, cache: str, micro_batch: int | None) -> str:
-    room, place = _room(free), "device" if cache == "device" else "host"
+    room, place = _room(free), "host" if cache == "auto" else cache
     size = micro_batch or 1
     parts = {name: count for name, count in task.parts(place, size).items() if count}
     listed = ", ".join(f"{name} {count / 2**30:.2g}" for name, count in parts.items())

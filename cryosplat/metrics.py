@@ -18,6 +18,7 @@ COLUMNS = (
     "loss_half_b",
     "learning_rate",
     "images_per_second",
+    "waiting",
     "cpu_max_rss_gib",
     "gpu_max_reserved_gib",
     "seconds",

@@ -1,4 +1,4 @@
-"""What one sees of a run: TensorBoard, metrics.csv, run.log, and a line of progress. Rank 0 has a Monitor.
+"""What one sees of a run: TensorBoard, metrics.csv and run.log. Rank 0 has a Monitor.
 
 The number of a step is the number of optimiser steps done. A run resumed from a checkpoint of step s goes on with
 s + 1: whatever was logged after s, and is going to be logged again, is taken out of metrics.csv and TensorBoard.
@@ -17,19 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cryosplat import figures
+from cryosplat import figures, progress
 from cryosplat.errors import InputError
 from cryosplat.fsc import FscCurve, mean_fsc
 from cryosplat.metrics import COLUMNS, append_holdout, cut_events, cut_metrics, write_volume_fit
 
 logger = logging.getLogger(__name__)
 _PACKAGE_LOGGER = logging.getLogger("cryosplat")
-
-PROGRESS_SECONDS = 30.0
-"""Longest silence of the log, where there is no progress bar."""
 
 FLUSH_SECONDS = 10
 """How much of the TensorBoard log a killed run may lose, at most."""
@@ -79,17 +74,15 @@ class NullMonitor:
 
 
 class Monitor:
-    """Writes <run_dir>/tensorboard/, metrics.csv and run.log, and shows progress; use it in a ``with``.
+    """Writes <run_dir>/tensorboard/, metrics.csv and run.log, and says how far training is; use it in a ``with``.
 
-    On a terminal progress is a bar; elsewhere it is a log line, at most every 30 s. Messages of all loggers under
-    "cryosplat" go to run.log too.
+    Messages of all loggers under "cryosplat" go to run.log too.
 
     Args:
         run_dir: exists.
         total_steps: steps of the whole run.
         start_step: steps done already, 0 for a new run.
         resumed: go on with the files that are there. Without it, a run directory with metrics is refused.
-        quiet: no progress on the terminal; run.log has it all the same.
         preface: what was said before there was a run.log, and is to be in it.
 
     Raises:
@@ -102,28 +95,23 @@ class Monitor:
         total_steps: int,
         start_step: int = 0,
         resumed: bool = False,
-        quiet: bool = False,
         preface: Sequence[str] = (),
     ):
-        self._run_dir = Path(run_dir)
-        self._total_steps, self._start_step, self._quiet = total_steps, start_step, quiet
+        self._run_dir, self._start_step = Path(run_dir), start_step
         metrics, events = self._run_dir / "metrics.csv", self._run_dir / "tensorboard"
         for path in () if resumed else (metrics, events):
             if path.exists():
                 raise InputError(f"{path} exists already; choose another run_dir, or resume the run that is there")
         with contextlib.ExitStack() as stack:
             seconds_before = cut_metrics(metrics, start_step)
-            self._log_file = stack.enter_context(_log_to(self._run_dir / "run.log"))
+            log_file = stack.enter_context(_log_to(self._run_dir / "run.log"))
             self._metrics = _open_for_append(metrics, stack)
             # A run that has done all its steps is evaluated again, whether or not it was before.
             self._writer = _tensorboard(events, start_step, stack, evaluated=start_step < total_steps)
-            self._bar = None if quiet else _progress_bar(total_steps, start_step, stack)
             self._stack = stack.pop_all()
-        self._begin = time.monotonic()
-        self._clock_zero = self._begin - seconds_before
-        self._next_line = self._begin
+        self._clock_zero = time.monotonic() - seconds_before
         for line in preface:
-            self._log_file.handle(logging.makeLogRecord({"msg": line, "levelno": logging.INFO, "levelname": "INFO"}))
+            log_file.handle(logging.makeLogRecord({"msg": line, "levelno": logging.INFO, "levelname": "INFO"}))
         if resumed:
             logger.info("resumed after step %d of %d", start_step, total_steps)
 
@@ -135,6 +123,7 @@ class Monitor:
         learning_rate: float,
         images_per_second: float,
         memory: Mapping[str, float],
+        waiting: float,
     ) -> None:
         """Log a step.
 
@@ -145,8 +134,10 @@ class Monitor:
             learning_rate: of this step.
             images_per_second: over all ranks, since the last logged step.
             memory: GiB, as ``peak_memory_gib`` gives it.
+            waiting: share of the time since the last logged step in which rank 0 waited for images.
         """
         row = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "images_per_second": images_per_second}
+        row["waiting"] = round(waiting, 4)
         row |= {f"loss_{name}": value for name, value in losses.items()}
         row |= {f"{name}_gib": value for name, value in memory.items()}
         row["seconds"] = round(time.monotonic() - self._clock_zero, 3)
@@ -155,9 +146,12 @@ class Monitor:
             self._metrics.flush()
         scalars = {f"loss/{name}": value for name, value in losses.items()}
         scalars |= {"train/learning_rate": learning_rate, "throughput/images_per_second": images_per_second}
+        scalars["throughput/waiting"] = waiting
         scalars |= {f"memory/{name}(GiB)": value for name, value in memory.items()}
         self._scalars(scalars, step)
-        self._progress(step, epoch, losses, images_per_second)
+        loss = losses.get("full", next(iter(losses.values()), float("nan")))
+        progress.know(step=f"{step}, epoch {epoch}, loss {loss:.6g}", images_per_second=f"{images_per_second:.4g}")
+        progress.at(step, f"epoch {epoch}, loss {loss:.6g}, {images_per_second:.4g} images/s")
 
     def evaluation(
         self,
@@ -195,6 +189,9 @@ class Monitor:
         with _writing(self._run_dir / "tensorboard"):
             for tag, figure in drawn.items():
                 self._writer.add_image(tag, figures.rasterise(figure), step, dataformats="HWC")
+        if known:
+            name, value = next(iter(known.items()))
+            progress.know(resolution=f"{value:.2f} A ({name.replace('_', ' ')})")
         self.flush()
         words = [f"resolution {name.replace('_', ' ')} {value:.2f} A" for name, value in known.items()]
         words += [f"mean FSC {name.replace('_', ' ')} {value:.4f}" for name, value in means.items()]
@@ -257,25 +254,6 @@ class Monitor:
         with _writing(self._run_dir / "tensorboard"):
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
-
-    def _progress(self, step: int, epoch: int, losses: Mapping[str, float], images_per_second: float) -> None:
-        loss = losses.get("full", next(iter(losses.values()), float("nan")))
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.6g}, {images_per_second:.4g} images/s", refresh=False)
-            self._bar.update(step - self._bar.n)
-        now = time.monotonic()
-        if now < self._next_line and step < self._total_steps:
-            return
-        self._next_line = now + PROGRESS_SECONDS
-        left = (now - self._begin) / max(step - self._start_step, 1) * (self._total_steps - step)
-        line = (
-            f"step {step} of {self._total_steps}, epoch {epoch}, loss {loss:.6g}, {images_per_second:.4g} images/s, "
-            f"{tqdm.format_interval(left)} to go"
-        )
-        if self._bar is None and not self._quiet:
-            logger.info(line)
-        else:  # the terminal has the bar, or nothing
-            self._log_file.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, (), None))
 
 
 @contextlib.contextmanager
@@ -357,18 +335,3 @@ def _quiet_writer_thread() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = previous
-
-
-def _progress_bar(total_steps: int, start_step: int, stack: contextlib.ExitStack) -> tqdm | None:
-    """A progress bar if standard error is a terminal, with log messages printed above it; else None."""
-    if not sys.stderr.isatty():
-        return None
-    console = [
-        log
-        for log in (logging.getLogger(), _PACKAGE_LOGGER)
-        if any(getattr(handler, "stream", None) in (sys.stdout, sys.stderr) for handler in log.handlers)
-    ]
-    stack.enter_context(logging_redirect_tqdm(console))
-    bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
-    stack.callback(bar.close)
-    return bar

@@ -1,5 +1,7 @@
 """Images without the signal, or without its fine part: what an honest run can find nothing in."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,6 +40,36 @@ def white_spectra(names: np.ndarray, box: int, seed: int) -> Tensor:
         ]
     )
     return torch.fft.rfft2(torch.from_numpy(images), norm="ortho")
+
+
+@dataclass(frozen=True)
+class Null:
+    """What takes the signal out of images, always in the same way.
+
+    Attributes:
+        same: (N,) for every particle the first one whose image it shares.
+        half: (N,) 0 or 1.
+        level: (2, D, D//2+1) noise amplitude of either half.
+        beyond: (D, D//2+1) where phases are random; None: the images are noise alone.
+        seed: of what is drawn.
+    """
+
+    same: np.ndarray
+    half: np.ndarray
+    level: Tensor
+    beyond: Tensor | None
+    seed: int
+
+    def change(self, pairs: Tensor, ids: np.ndarray) -> None:
+        """Change held half-spectra (n, D, D//2+1, 2) of particles ``ids`` (n,), in place."""
+        if not len(ids):
+            return
+        white = white_spectra(self.same[ids], pairs.shape[1], self.seed)
+        if self.beyond is None:
+            spectra = white * self.level[self.half[ids]]
+        else:
+            spectra = random_phases(torch.view_as_complex(pairs.float().cpu()), white, self.beyond)
+        pairs.copy_(torch.view_as_real(spectra))
 
 
 def random_phases(spectra: Tensor, white: Tensor, beyond: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ flipped or multiplied by their CTF. Formulas: aberrations.py and docs/physics.md
 """
 
 import functools
+import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,13 +30,16 @@ STAR_ODD, STAR_EVEN = "_rlnOddZernike", "_rlnEvenZernike"
 STAR_FLIPPED, STAR_MULTIPLIED = "_rlnCtfDataArePhaseFlipped", "_rlnCtfDataAreCtfPremultiplied"
 
 LARGEST_TILT_MRAD = 100.0
+LARGEST_COEFFICIENT = 1e6
+"""Of a Zernike polynomial of frequencies in 1/A; phases of even the sixth power are some 2500 turns then, at 2 A."""
+
 LARGEST_STRETCH = 1.25
 """Of a magnification matrix, along any direction; what is more is no matrix of a microscope."""
 
 AS_RECORDED, FLIPPED, MULTIPLIED = 0, 1, 2
 
 LEAST_CTF = 0.05
-"""Of images that were multiplied by their CTF, coefficients with less of it are set to zero: 3 % of them, with 2e-4 of
+"""Of images that were multiplied by their CTF, coefficients with less of it are set to zero: 3 % of them, with 5e-5 of
 the signal's weight. The others are divided by it, which gives their noise its white spectrum back."""
 
 
@@ -60,12 +64,17 @@ class Optics:
     labels: tuple[str, ...]
     _filters: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    @property
-    def key(self) -> bytes:
-        """What prepared images depend on besides the stack; empty for images that are used as they are recorded."""
-        if not self.recorded.any() and not any(group.is_odd for group in self.groups):
-            return b""
-        return repr((self.groups, self.pixel_size_a)).encode() + self.group.tobytes() + self.recorded.tobytes()
+    def digest(self, ctf: np.ndarray | None) -> str:
+        """What prepared images depend on besides the stack, by which they can be kept: "" if on nothing else.
+
+        Args:
+            ctf: (n, 7) of the table, which counts for images that had their CTF applied.
+        """
+        applied = bool(self.recorded.any())
+        if not applied and not any(group.is_odd for group in self.groups):
+            return ""
+        parts = [repr((self.groups, self.pixel_size_a)).encode(), self.group.tobytes(), self.recorded.tobytes()]
+        return hashlib.sha256(b"".join([*parts, ctf.tobytes() if applied and ctf is not None else b""])).hexdigest()
 
     def ctf(self, parameters: np.ndarray) -> np.ndarray:
         """CTF parameters (n, 7) with what seven numbers can hold of even aberrations and magnification."""
@@ -218,9 +227,14 @@ def _magnification(columns: Columns, rows: np.ndarray) -> np.ndarray:
 
 def _coefficients(columns: Columns, name: str, rows: np.ndarray) -> np.ndarray:
     """Zernike coefficients (n, k), k as many as the longest list of the file."""
-    if name not in columns:
+    if name not in columns or columns.values[name].shape[1] == 0:
         return np.zeros((len(rows), 0))
-    return columns.take(name, rows, columns.values[name].shape[1:], "a list such as [0,0,1.5]")
+    found = columns.take(name, rows, columns.values[name].shape[1:], "a list such as [0,0,1.5]")
+    huge = np.abs(found).max(1) > LARGEST_COEFFICIENT
+    _refuse(
+        columns, rows, huge, f"{name} has a coefficient above {LARGEST_COEFFICIENT:g}; the file was not fitted well"
+    )
+    return found
 
 
 def _recorded(columns: Columns, rows: np.ndarray) -> np.ndarray:

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 from plyfile import PlyData, PlyElement, PlyParseError
 
-from cryosplat import figures
+from cryosplat import chimerax, figures
 from cryosplat.directional import viewing_directions
 from cryosplat.errors import InputError
 from cryosplat.files import atomic_path
 from cryosplat.fsc import FscCurve, write_csv, write_xml
 from cryosplat.fscfigures import directional_figure, viewing_figure
 from cryosplat.fscsuite import FscSuite
+from cryosplat.pseudoatoms import write_mixture_atoms
+from cryosplat.scores import Scores, write_scores
+from cryosplat.symmetry import point_group
 from cryosplat.volumes import write_map
 
 RUN_CURVES = ("calibrated_map", "truth", "linear_half_maps", "half_maps")
@@ -35,6 +38,7 @@ SUMMARY_KEYS = (
     "pixel_size_a",
     "world_size",
     "images_per_second",
+    "waiting",
     "cpu_seconds",
     "wall_seconds",
     "peak_memory_gib",
@@ -63,6 +67,8 @@ def write_run_outputs(
     rotations: np.ndarray | None = None,
     metrics: Mapping[str, np.ndarray] | None = None,
     volume_fit: Mapping[str, np.ndarray] | None = None,
+    symmetry: str = "C1",
+    scores: Scores | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """Write all products of a run into its directory; summary.json last, so that it stands for the rest.
@@ -72,6 +78,7 @@ def write_run_outputs(
         maps: (D, D, D) by name of their file without suffix; "map" is the delivered one.
         mixtures: exported mixtures by model: means (G, 3) and scales (G, 3) in A, quaternions (G, 4) wxyz,
             amplitudes (G,).
+        symmetry: point group of the mixtures; their first G / K Gaussians are the asymmetric unit.
         curves: FSC curves by name; with none, there is no fsc.csv and no fsc.png.
         summary: what summary.json is to say: ``SUMMARY_KEYS`` and anything else that JSON can hold.
         pixel_size_a: A/px of the maps.
@@ -80,6 +87,7 @@ def write_run_outputs(
         rotations: (N, 3, 3) of all particles, for viewing_directions.png.
         metrics: columns of metrics.csv, for loss.png; none or no rows, no figure.
         volume_fit: columns of volume_fit.csv, for volume_fit.png; none, no figure.
+        scores: of all particles, for particles.csv; none, no such file.
         overwrite: replace the products that are there. Only a run that goes on in its own directory may.
 
     Returns:
@@ -89,17 +97,25 @@ def write_run_outputs(
         InputError: a product exists and ``overwrite`` is false (nothing is written then), or the disk is full.
     """
     run_dir, shown = Path(run_dir), maps["map"] if for_the_eye is None else for_the_eye
-    grid = {"box": len(shown), "pixel_size_a": float(pixel_size_a)}
+    grid = {"box": len(shown), "pixel_size_a": float(pixel_size_a), "symmetry": symmetry}
     writers = {
         f"{name}.mrc": lambda path, volume=volume: write_map(path, volume, pixel_size_a, overwrite)
         for name, volume in maps.items()
     }
     writers["gaussians.npz"] = lambda path: write_mixture_npz(path, mixtures, **grid, overwrite=overwrite)
     writers["gaussians.ply"] = lambda path: write_mixture_ply(path, mixtures["full"], **grid, overwrite=overwrite)
+    writers["gaussians.cif"] = lambda path: write_mixture_atoms(
+        path, mixtures["full"], len(shown), float(pixel_size_a), overwrite=overwrite
+    )
+    writers[chimerax.NAME] = lambda path: chimerax.write_view(
+        path, maps, pixel_size_a, mixtures["full"], "gaussians.cif", overwrite
+    )
     if curves:
         writers["fsc.csv"] = lambda path: write_csv(path, curves, overwrite, errors=True)
     if suite is not None:
         writers["fsc.xml"] = lambda path: write_xml(path, suite.curves[suite.final], "linear half maps", overwrite)
+    if scores is not None:
+        writers["particles.csv"] = lambda path: write_scores(path, scores, overwrite)
     drawn = _drawings(shown, pixel_size_a, curves, suite, rotations, metrics, volume_fit)
     writers |= {
         name: lambda path, draw=draw: figures.save(draw(), path, overwrite=overwrite) for name, draw in drawn.items()
@@ -172,10 +188,12 @@ def write_mixture_npz(
     mixtures: Mapping[str, Mapping[str, np.ndarray]],
     box: int,
     pixel_size_a: float,
+    symmetry: str = "C1",
     overwrite: bool = False,
 ) -> None:
     """Write mixtures as NumPy arrays, float32: means, scales, quaternions, amplitudes for "full", the same names with
-    the model before them (half_a_means) for others, and box and pixel_size_a of the grid they were made for.
+    the model before them (half_a_means) for others, and box and pixel_size_a of the grid they were made for. With a
+    symmetry also its name, its operators (K, 3, 3) and by model the G / K of the asymmetric unit, which come first.
 
     Args:
         path: ends in .npz.
@@ -185,6 +203,10 @@ def write_mixture_npz(
     for model, mixture in mixtures.items():
         for field in _FIELDS:
             arrays[_npz_key(model, field)] = np.asarray(mixture[field], dtype=np.float32)
+    if len(operators := point_group(symmetry)) > 1:
+        arrays |= {"symmetry": np.array(symmetry), "operators": operators}
+        units = {model: np.int64(len(mixture["means"]) // len(operators)) for model, mixture in mixtures.items()}
+        arrays |= {_npz_key(model, "asymmetric_unit"): unit for model, unit in units.items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     _write(path, buffer.getvalue(), overwrite)
@@ -199,11 +221,13 @@ def write_mixture_ply(
     mixture: Mapping[str, np.ndarray],
     box: int,
     pixel_size_a: float,
+    symmetry: str = "C1",
     overwrite: bool = False,
 ) -> None:
     """Write one mixture as a binary PLY point cloud, float32: x, y, z, amplitude, scale_0..2, rot_0..3.
 
-    Units and origin stand in its comments, and box and A/px, which ``read_mixture`` takes from there.
+    Units and origin stand in its comments, and box and A/px, which ``read_mixture`` takes from there. With a symmetry
+    its name, too, and how many of the first Gaussians are the asymmetric unit.
     """
     columns = [np.asarray(mixture[field]).reshape(len(mixture["means"]), -1) for field in _PLY_PROPERTIES]
     names = [name for properties in _PLY_PROPERTIES.values() for name in properties]
@@ -217,6 +241,8 @@ def write_mixture_ply(
         f"box {box}",
         f"pixel_size_a {pixel_size_a!r}",
     ]
+    if (copies := len(point_group(symmetry))) > 1:
+        comments += [f"symmetry {symmetry}", f"asymmetric_unit {len(vertices) // copies}"]
     buffer = io.BytesIO()
     PlyData([PlyElement.describe(vertices, "vertex")], byte_order="<", comments=comments).write(buffer)
     _write(path, buffer.getvalue(), overwrite)

@@ -39,6 +39,9 @@ _LOG = logging.getLogger("cryosplat")
 CALIBRATION_TOLERANCE = 1e-2
 """Relative difference of A/px between files from which it is more than a calibration of the microscope."""
 
+PLAUSIBLE_A = (0.01, 1000.0)
+"""Least and greatest A/px that is no mistake."""
+
 
 LARGEST_SPREAD = 0.1
 """Relative difference of A/px from their mean up to which images of several A/px make one map: a projection is scaled,
@@ -138,6 +141,7 @@ def read_particles(
     images, headers = open_images(listing, rows, folders, config.prefix)
     ctf, pixel_size_a = _read_ctf(config, root, listing, rows, images.box)
     pixel_size_a, sizes = _pixel_size(config.pixel_size, pixel_size_a, listing, rows, headers)
+    pixel_size_a = _plausible(pixel_size_a, listing)
     rotations, shifts = _read_poses(config, root, listing, rows, images.box, pixel_size_a)
     optics = read_optics(listing, rows, images.box, pixel_size_a, sizes, ctf)
     for note in corrections(optics):
@@ -355,6 +359,15 @@ def _pixel_size_of_headers(listing: Listing, headers: list[StackHeader]) -> floa
             )
         return round(float(sizes[0]), 6)
     raise InputError(f"{listing.path}: neither it nor its stacks give the A/px; set data.pixel_size")
+
+
+def _plausible(pixel_size_a: float, listing: Listing) -> float:
+    if PLAUSIBLE_A[0] <= pixel_size_a <= PLAUSIBLE_A[1]:
+        return pixel_size_a
+    raise InputError(
+        f"{listing.path}: its images have {pixel_size_a:.6g} A/px, by its columns, the headers of its stacks, data.ctf "
+        f"or data.pixel_size; expected {PLAUSIBLE_A[0]:g} to {PLAUSIBLE_A[1]:g}. Is it in other units?"
+    )
 
 
 def _listed_pixel_sizes(listing: Listing, rows: np.ndarray, box: int) -> np.ndarray | None:

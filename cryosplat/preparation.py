@@ -4,17 +4,21 @@ import logging
 
 import numpy as np
 
-from cryosplat import distributed
+from cryosplat import distributed, progress, symmetrycheck
 from cryosplat.backprojection import LinearHalf, back_project, linear_half
+from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS
 from cryosplat.dataset import ParticleDataset, noise_weights, radial_noise
 from cryosplat.evaluation import Comparison
 from cryosplat.fingerprints import images_in_both_halves, same_images
+from cryosplat.fsc import resolution
 from cryosplat.halves import DRAWN
 from cryosplat.linearmaps import LinearMaps, linear_maps, require_signal
+from cryosplat.nodeimages import read_images
 from cryosplat.particles import ParticleTable
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
 from cryosplat.sign import Sign, find_sign
+from cryosplat.symmetry import operators
 
 logger = logging.getLogger("cryosplat.train")
 
@@ -22,13 +26,13 @@ _NULLS = {"noise": "pixels", "phases": "phases beyond data.null_shell_a"}
 
 
 class Preparation:
-    """The images that a rank owns, and what is known of all ranks' images before anything is trained.
+    """The images that a rank owns, and what is known of all ranks' images before anything is trained; a collective.
 
     Args:
         config: of the run.
         table: all particles.
         plan: which rank owns which of them, and which are held out.
-        cache: where images are held, "device" or "host".
+        cache: where images are held, "device", "host" or "disk".
 
     Attributes:
         table, plan: all particles and who owns which, in halves that share no image if they were drawn.
@@ -39,6 +43,7 @@ class Preparation:
         weights: (2, D, D//2+1) that whiten it, if that was asked for.
         sign: of the data.
         held_out: the likelihood of held-out images, on rank 0, once images were back-projected.
+        agreement: what the images say of the particle's symmetry, on rank 0; None: nothing, or nothing yet.
 
     Raises:
         InputError: an image that cannot be used.
@@ -51,14 +56,14 @@ class Preparation:
                 "%d particles of %d px at %.4g A; %s", len(table), table.box, table.pixel_size_a, table.half_origin
             )
         self.dataset = self._read()
-        self.held_out = None
+        self.held_out = self.agreement = None
 
     def _read(self) -> ParticleDataset:
-        table, data, world = self.table, self.config.data, self.world
-        owned = np.flatnonzero(self.plan.owner(world.size) == world.rank)
-        where = {"device": world.device, "cache": self._cache}
-        dataset = ParticleDataset(table, owned, data.box, table.invert, data.precision, **where)
-        logger.info("rank %d: read %d images, %.2f GiB", world.rank, len(owned), dataset.bytes_in_memory / 2**30)
+        world = self.world
+        owned = int((self.plan.owner(world.size) == world.rank).sum())
+        progress.stage("reading images", owned, "images" if world.size == 1 else "images of rank 0")
+        dataset = read_images(self.config, world, self.table, self.plan, self._cache, progress.at)
+        logger.info("rank %d: read %d images, %.2f GiB", world.rank, owned, dataset.bytes_in_memory / 2**30)
         return dataset
 
     def share_statistics(self) -> None:
@@ -84,7 +89,7 @@ class Preparation:
             self.dataset = None  # its memory is needed
             self.table = self.table.with_copies_together(self.same)
             self.plan = BatchPlan(self.table.half, self.plan.batch, self.plan.seed, self.table.held_out)
-            self.dataset = distributed.together(self._read, self.world)
+            self.dataset = self._read()
             self.share_statistics()
             return
         if self.shared and self.world.is_main:
@@ -139,12 +144,19 @@ class Preparation:
         if not halves and not fits:
             return None, None
 
+        symmetry = operators(self.config.model.symmetry)
+
         def reconstruct(ids: np.ndarray, halves: bool) -> tuple[LinearHalf, ...] | None:
-            sums = back_project(dataset, dataset.owned[ids[dataset.owned]], self.noise, world, halves=halves)
-            return None if sums is None else tuple(linear_half(one, dataset.box) for one in sums)
+            mine = dataset.in_file_order(dataset.owned[ids[dataset.owned]])
+            progress.stage("summing images", len(mine), "images")
+            sums = back_project(dataset, mine, self.noise, world, symmetry, halves)
+            progress.stage("linear maps")
+            return None if sums is None else tuple(linear_half(one, dataset.box, symmetry) for one in sums)
 
         distributed.doing("the sums of images")
         found = reconstruct(~plan.held_out, halves)
+        if symmetry is not None and halves and self.config.data.null == "none":
+            self._ask_for_symmetry(found)
         watched = watched and fits and plan.held_out.any()
         kept = reconstruct(plan.held_out, False) if watched else None
         self.held_out = kept[0].equations if kept else None
@@ -153,11 +165,26 @@ class Preparation:
             lambda: self._look_at(found, comparison, checked) if world.is_main else None, world
         )
 
+    def _ask_for_symmetry(self, symmetric: tuple[LinearHalf, ...] | None) -> None:
+        """See whether the particle has the symmetry that it is said to have, and say so; a collective."""
+        dataset, name = self.dataset, self.config.model.symmetry
+        mine = dataset.owned[~self.plan.held_out[dataset.owned]]
+        self.agreement = symmetrycheck.agreement(dataset, mine, self.noise, self.world, symmetric)
+        if self.world.is_main:
+            logger.info("symmetry %s: %s", name, self.agreement or "the images agree on too little to tell")
+            if self.agreement and (warning := self.agreement.warning(name)):
+                logger.warning("%s", warning)
+
     def _look_at(self, halves: tuple[LinearHalf, ...], comparison: Comparison, checked: bool) -> LinearMaps | None:
         """Make the linear maps of the halves, and see whether they are worth fitting anything to."""
         data, linear = self.config.data, None
         if self.config.maps.halves:
             linear = linear_maps(halves, self.dataset.pixel_size_a, comparison.mask, f"data.mask={data.mask}")
+        if linear is not None:
+            # The first that is known of the resolution, long before anything is fitted.
+            found = resolution(linear.curve, RESOLUTION_THRESHOLD_HALF_MAPS)
+            logger.info("linear half maps: %s (FSC 0.143, not corrected for the mask)", found)
+            progress.know(resolution=f"{found} (linear half maps, FSC 0.143)")
         if checked and data.check_signal and linear is not None:
             require_signal(linear)
         return linear

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from cryosplat import distributed
-from cryosplat.config import save_config
+from cryosplat.config import resolve_path, save_config
 from cryosplat.evaluation import Evaluation, particle_example
+from cryosplat.files import sha256_of
 from cryosplat.fscsuite import FscSuite, fsc_suite
 from cryosplat.linearmaps import LinearMaps
 from cryosplat.metrics import read_metrics, read_volume_fit
 from cryosplat.outputs import write_run_outputs
 from cryosplat.reconstruction import MODEL_NAMES
+from cryosplat.scores import Scores
 from cryosplat.settings import Config
 from cryosplat.trainer import Trainer
 
@@ -47,7 +49,8 @@ def half_map_curves(linear: LinearMaps | None, evaluation: Evaluation | None, pi
     """All curves of the linear half maps; None without such maps, and on other ranks than the first."""
     if linear is None:
         return None
-    suite = fsc_suite(evaluation.maps["half_a"], evaluation.maps["half_b"], pixel_size_a, linear.mask)
+    halves, copies = (evaluation.maps["half_a"], evaluation.maps["half_b"]), linear.halves[0].copies
+    suite = fsc_suite(*halves, pixel_size_a, linear.mask, copies=copies)
     for warning in suite.warnings:
         logger.warning("linear half maps: %s", warning)
     return suite
@@ -60,6 +63,7 @@ def write_products(
     evaluation: Evaluation,
     suite: FscSuite | None,
     summary: dict[str, Any],
+    scores: Scores | None = None,
 ) -> None:
     """Write all that a complete run has, and the settings it was completed with, over what is there.
 
@@ -88,8 +92,16 @@ def write_products(
         pixel_size_a=pixel_size_a,
         metrics=read_metrics(folder / "metrics.csv"),
         volume_fit=read_volume_fit(folder / "volume_fit.csv"),
+        symmetry=config.model.symmetry,
+        scores=scores,
         overwrite=True,
     )
+
+
+def particle_file(config: Config) -> dict[str, str]:
+    """The entries of summary.json by which ``cryosplat export`` finds the particles again, and knows them."""
+    path = resolve_path(config, config.data.particles).absolute()
+    return {"particle_file": str(path), "particle_file_sha256": sha256_of(path)}
 
 
 def hardware(world: distributed.World) -> str:

@@ -81,9 +81,10 @@ class Reconstruction(nn.Module):
         filters = self._filters(batch)
         return spectra if filters is None else spectra * filters
 
-    def predict_by(self, batch: Batch, model: int) -> Tensor:
-        """CTF-modulated half-spectra (B, D, D//2+1) of the batch's particles under one model, whatever their half."""
-        shown_by = torch.full_like(batch.half, model)
+    def predict_by(self, batch: Batch, model: int | Tensor) -> Tensor:
+        """CTF-modulated half-spectra (B, D, D//2+1) of the batch's particles under one model, whatever their half, or
+        each under its own, (B,) int64."""
+        shown_by = torch.full_like(batch.half, model) if isinstance(model, int) else model
         images = self.mixture.project(batch.rotations, batch.shifts, shown_by, self.box, self.cutoff)
         spectra, filters = half_spectra(images), self._filters(batch)
         return spectra if filters is None else spectra * filters

@@ -48,8 +48,12 @@ class Record:
         return shell_to_angstrom(shell, self.box, self.pixel_size_a)
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path, curves_needed: bool = True) -> Record:
     """Read summary.json and fsc.csv of a complete run; a value that is empty or no number is NaN.
+
+    Args:
+        folder: the run directory.
+        curves_needed: whether there must be curves, which a run with neither half maps nor a truth has none of.
 
     Raises:
         InputError: the run is not complete, or its files are not a run's.
@@ -57,6 +61,8 @@ def read_record(folder: Path) -> Record:
     try:
         summary = json.loads((folder / "summary.json").read_text())
         box, pixel_size_a = int(summary["box"]), float(summary["pixel_size_a"])
+        if not curves_needed and not (folder / "fsc.csv").exists():
+            return Record(folder, summary, {})
         with open(folder / "fsc.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         names = [name for name in rows[0] if name not in ("shell", "resolution_a", "frequency_inv_a")]

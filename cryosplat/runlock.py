@@ -62,6 +62,14 @@ class Holder:
         slurm = (os.environ.get(name, "") for name in variables)
         return cls(socket.gethostname(), os.getpid(), _started(os.getpid()), *_machine(), *slurm, secrets.token_hex(8))
 
+    @classmethod
+    def of(cls, facts: object) -> "Holder | None":
+        """The holder that a file tells of; None if it does not."""
+        try:
+            return cls(**facts)
+        except TypeError:
+            return None
+
     def __str__(self) -> str:
         job = f", job {self.job} of Slurm" if self.job else ""
         return f"process {self.pid} on {self.host}{job}"
@@ -102,7 +110,7 @@ class RunLock:
         Raises:
             InputError: another has taken it over.
         """
-        held = _read(self.path)
+        held = read_holder(self.path)
         if self._holder is not None and (held is None or held.token != self._holder.token):
             raise InputError(f"{self.path.parent}: {held or 'somebody'} has taken over this run; this process stops")
 
@@ -110,7 +118,7 @@ class RunLock:
         """Give it back; nothing if it is not held, or not any more."""
         mine, self._holder = self._holder, None
         self._done.set()
-        held = _read(self.path)
+        held = read_holder(self.path)
         if mine is not None and held is not None and held.token == mine.token:
             self.path.unlink(missing_ok=True)
 
@@ -124,11 +132,11 @@ class RunLock:
             finished.unlink(missing_ok=True)
 
     def _remove_if_stale(self, mine: Holder) -> None:
-        found = _read(self.path)
+        found = read_holder(self.path)
         if not self.path.exists():
             return  # given back meanwhile
         age = self._age(mine)
-        reason = _why_dead(found, mine, age)
+        reason = why_dead(found, mine, age)
         if reason is None:
             raise InputError(
                 f"run_dir: {self.path.parent} is in use by {found}, whose last sign of life is {age:.0f} s old. Wait "
@@ -141,7 +149,7 @@ class RunLock:
         except FileNotFoundError:
             return
         try:
-            if _read(aside) == found:
+            if read_holder(aside) == found:
                 logger.warning("%s: taking over from %s: %s", self.path.parent, found or "an unreadable lock", reason)
             else:
                 _put(aside, self.path)
@@ -161,7 +169,7 @@ class RunLock:
 
     def _beat(self, mine: Holder) -> None:
         while not self._done.wait(BEAT_S):
-            held = _read(self.path)
+            held = read_holder(self.path)
             if held is None or held.token != mine.token:
                 return
             try:
@@ -187,8 +195,14 @@ def _put(file: Path, path: Path) -> bool:
     return True
 
 
-def _why_dead(found: Holder | None, mine: Holder, age: float) -> str | None:
-    """Why a holder is held to be dead; None if it may be alive."""
+def why_dead(found: Holder | None, mine: Holder, age: float) -> str | None:
+    """Why a holder is held to be dead; None if it may be alive.
+
+    Args:
+        found: the holder; None: a lock that cannot be read.
+        mine: this process.
+        age: seconds since its last sign of life.
+    """
     place = (mine.host, mine.boot, mine.namespace)
     if found is not None and mine.boot and (found.host, found.boot, found.namespace) == place:
         return None if _started(found.pid) == found.started else "that process has ended"
@@ -215,11 +229,11 @@ def _slurm_state(job: str) -> str | None:
     return "" if "Invalid job id" in answer.stderr else None
 
 
-def _read(path: Path) -> Holder | None:
+def read_holder(path: Path) -> Holder | None:
     """None if there is none, or none that can be read."""
     try:
-        return Holder(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return Holder.of(json.loads(path.read_text()))
+    except (OSError, ValueError):
         return None
 
 

@@ -15,17 +15,20 @@ from cryosplat.files import remove_unfinished
 from cryosplat.runlock import NAME as LOCK
 from cryosplat.runlock import RunLock
 from cryosplat.settings import Config
+from cryosplat.status import NAME as STATUS
 
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "data.cache",
+    "cache",
     "train.micro_batch",
     "train.cuda_graph",
     "train.device",
     "train.threads",
     "train.log_every",
     "maps.every",
+    "maps.particles",
     "checkpoint",
     "distributed",
     "resume",
@@ -83,7 +86,7 @@ def find_run(config: Config) -> Path | None:
 
 def _is_no_run(path: Path) -> bool:
     """Whether it is what submitting has put there, or a process that was killed before the run began."""
-    return path.name in (JOBS, LOCK) or path.name.startswith(".")
+    return path.name in (JOBS, LOCK, STATUS) or path.name.startswith(".")
 
 
 def open_run(config: Config, lock: RunLock) -> RunState:

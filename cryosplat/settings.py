@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cryosplat.pointgroups import KNOWN as KNOWN_GROUPS
+from cryosplat.pointgroups import canonical
+
 
 @dataclass
 class DataConfig:
@@ -26,11 +29,19 @@ class DataConfig:
     truth: str | None = None  # map to compare with, simulations only
     mask: str | None = None  # soft mask for FSC, 0 to 1; none: made from the linear half maps
     precision: str = "half"  # images in memory: half or single
-    cache: str = "auto"  # where they are held: auto, device (a GPU's own memory) or host
+    cache: str = "auto"  # where they are held: auto, device (a GPU's own memory), host or disk
     holdout: float = 0.0  # fraction of the images that nothing is trained on, to watch overfitting with
     null: str = "none"  # null test: phases (random beyond null_shell_a) or noise (no particle at all)
     null_shell_a: float | None = None  # A; null=phases: resolution from which on phases are random
     null_seed: int = 0  # of the random phases or noise
+
+
+@dataclass
+class CacheConfig:
+    """The cache of prepared images on the node's disk (data.cache=disk)."""
+
+    dir: str | None = None  # folder on a disk of the node; none: what SLURM_TMPDIR, TMPDIR or XDG_CACHE_HOME offer
+    max_gb: float | None = None  # GiB that all sets in it may take; none: as much as the disk has, but for a twentieth
 
 
 @dataclass
@@ -45,6 +56,7 @@ class ModelConfig:
     scale_min: float = 0.004
     scale_max: float = 0.05
     cutoff: float = 3.5  # standard deviations drawn in images; relative L2 error of an image 2e-3
+    symmetry: str = "C1"  # point group of the particle, in RELION's axes; C1: none
 
 
 @dataclass
@@ -79,6 +91,7 @@ class TrainConfig:
 class MapsConfig:
     halves: bool = True  # train half a and half b beside the full model
     every: int = 1  # epochs between FSC evaluations; the last epoch always is one
+    particles: bool = True  # measure every particle against the other half's model at the end
 
 
 @dataclass
@@ -104,6 +117,7 @@ class Config:
 
     recipe: str = "default"  # what the defaults below are: default, random, images or paper
     data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     volume: VolumeConfig = field(default_factory=VolumeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -155,7 +169,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 CHOICES = {
     "recipe": tuple(RECIPES),
     "data.precision": ("half", "single"),
-    "data.cache": ("auto", "device", "host"),
+    "data.cache": ("auto", "device", "host", "disk"),
     "data.null": ("none", "phases", "noise"),
     "model.amplitudes": ("signed", "positive"),
     "model.start": ("map", "random"),
@@ -173,10 +187,12 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.holdout": (lambda value: 0 <= value <= 0.5, "a fraction of the images from 0 to 0.5"),
     "data.null_shell_a": (lambda value: value > 0, "a resolution above 0 A"),
     "data.null_seed": (lambda value: 0 <= value < 2**32, "0 to 4294967295"),
+    "cache.max_gb": (lambda value: value > 0, "more than 0 GiB"),
     "model.gaussians": (lambda value: value >= 1, "at least 1"),
     "model.spread": (lambda value: 0 < value <= 0.5, "a fraction of the box above 0 and at most 0.5"),
     "model.scale_min": (lambda value: value > 0, "a fraction of the box above 0"),
     "model.scale_max": (lambda value: value <= 0.5, "a fraction of the box, at most 0.5"),
+    "model.symmetry": (lambda value: canonical(value) is not None, KNOWN_GROUPS),
     "model.cutoff": (lambda value: 2 <= value <= 8, "2 to 8 standard deviations"),
     "train.epochs": (lambda value: value >= 0, "0 or more"),
     "volume.steps": (lambda value: value >= 0, "0 or more"),

@@ -101,9 +101,8 @@ def simulate(options: SimulateOptions) -> dict:
         scale, variance = _write_images(
             folder / "particles.mrcs", options, volume, pixel_size_a, rotations, shifts, parameters, power
         )
-        stackfiles.write_star(
-            folder / "particles.star", "particles.mrcs", rotations, shifts, parameters, half, box, pixel_size_a
-        )
+        names = stackfiles.image_names("particles.mrcs", range(len(rotations)))
+        stackfiles.write_star(folder / "particles.star", names, rotations, shifts, parameters, half, box, pixel_size_a)
         stackfiles.write_poses(folder / "poses.pkl", rotations, shifts)
         if parameters is not None:
             stackfiles.write_ctf(folder / "ctf.pkl", parameters, box, pixel_size_a)

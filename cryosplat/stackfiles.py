@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections.abc import Iterable, Sequence
 
 import mrcfile.constants
 import mrcfile.dtypes
@@ -98,9 +99,18 @@ def write_ctf(path: str | os.PathLike, parameters: np.ndarray, box: int, pixel_s
     _write_pickle(path, columns)
 
 
+def image_names(stack: str, slices: Iterable[int]) -> list[str]:
+    """RELION's names of images of a stack, counted from 0 here and from 1 there.
+
+    >>> image_names("s.mrcs", [0, 41])
+    ['000001@s.mrcs', '000042@s.mrcs']
+    """
+    return [f"{image + 1:06d}@{stack}" for image in slices]
+
+
 def write_star(
     path: str | os.PathLike,
-    stack_name: str,
+    names: Sequence[str],
     rotations: np.ndarray,
     shifts: np.ndarray,
     parameters: np.ndarray | None,
@@ -112,7 +122,7 @@ def write_star(
 
     Args:
         path: the star file.
-        stack_name: file name of the stack, as seen from the star file's folder.
+        names: of the N images, ``image_names`` of one stack; as seen from the star file's folder.
         rotations: (N, 3, 3).
         shifts: (N, 2), fractions of the box; RELION's origins are these times the box in A.
         parameters: (N, 7) as ``ctf.ctf_image`` takes them, or None for images without a CTF. Particles of
@@ -129,7 +139,7 @@ def write_star(
     origin_x, origin_y = (shifts * (box * pixel_size_a)).T
     particles = pandas.DataFrame(
         {
-            "rlnImageName": [f"{number:06d}@{stack_name}" for number in range(1, count + 1)],
+            "rlnImageName": list(names),
             "rlnAngleRot": rot,
             "rlnAngleTilt": tilt,
             "rlnAnglePsi": psi,

@@ -1,5 +1,6 @@
 """What mixtures are before any image has trained them: saved, at random, or fitted in the volume."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from cryosplat.gaussians import GaussianMixture
 from cryosplat.reconstruction import MODEL_NAMES
 from cryosplat.settings import Config, ModelConfig, VolumeConfig
+from cryosplat.symmetry import operators
 from cryosplat.volumefit import Fitted
 
 NARROWEST_PX = 0.5
@@ -28,7 +30,9 @@ def fit_settings(config: Config, box: int) -> tuple[ModelConfig, VolumeConfig, t
 
 def at_random(config: Config, box: int) -> GaussianMixture:
     """Gaussians round the centre."""
-    mixture = _mixture(config, box, config.model.gaussians)
+    symmetry = operators(config.model.symmetry)
+    copies = 1 if symmetry is None else len(symmetry)
+    mixture = _mixture(config, box, math.ceil(config.model.gaussians / copies))
     mixture.start_randomly(config.model.spread, _first_scale(config, box), config.train.seed)
     return mixture
 
@@ -57,7 +61,8 @@ def gains(fitted: Sequence[Fitted]) -> dict[str, list[float]]:
 
 
 def _mixture(config: Config, box: int, gaussians: int | list[int]) -> GaussianMixture:
-    return GaussianMixture(models(config), gaussians, config.model.amplitudes, _scale_range(config, box))
+    scales = _scale_range(config, box)
+    return GaussianMixture(models(config), gaussians, config.model.amplitudes, scales, operators(config.model.symmetry))
 
 
 def _scale_range(config: Config, box: int) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from cryosplat.errors import InputError
 from cryosplat.halves import assign_halves
 from cryosplat.images import ImageReader
 from cryosplat.listing import Listing
+from cryosplat.opticsnotes import corrections
 from cryosplat.particles import (
     ParticleTable,
     list_particles,
@@ -114,10 +115,11 @@ def survey(config: Config) -> Survey:
             return found
         found.facts["particles"] = {"listed": len(found.listing), "used": len(rows)}
         _stacks(found, rows)
-        table = found.attempt(
-            lambda: read_particles(found.config.data, config.data_root, config.train.seed, True, found.listing)
-        )
-        found.table = table
+        found.table = found.attempt(lambda: _read_table(found, config.maps.halves))
+        if found.table is None and config.maps.halves:  # what is wrong may be of the halves alone
+            with contextlib.suppress(InputError):
+                found.table = _read_table(found, False)
+        found.notes += [] if found.table is None else corrections(found.table.optics)
         _images(found, rows)
         _optics(found, rows)
         _poses(found, rows)
@@ -125,6 +127,11 @@ def survey(config: Config) -> Survey:
         _halves(found, rows)
         _rows(found, rows)
     return found
+
+
+def _read_table(found: Survey, halves: bool) -> ParticleTable:
+    config = found.config
+    return read_particles(config.data, config.data_root, config.train.seed, halves, found.listing)
 
 
 def _stacks(found: Survey, rows: np.ndarray) -> None:
@@ -185,10 +192,15 @@ def _pixel_size_source(found: Survey) -> str:
 
 
 def _optics(found: Survey, rows: np.ndarray) -> None:
-    """Optics groups and the microscope's constants, one entry a group."""
+    """Optics groups and the microscope's constants, one entry a group; what of them a run corrects, in sentences.
+
+    What it does not model becomes a note, as the table is read.
+    """
     columns = found.listing.columns
     if columns is None:
         return
+    if found.table is not None:
+        found.facts["aberrations"] = corrections(found.table.optics)
     star = found.listing.path.suffix.lower() == ".star"
     names = {
         "kv": "_rlnVoltage" if star else "ctf/accel_kv",
@@ -212,10 +224,11 @@ def _poses(found: Survey, rows: np.ndarray) -> None:
     named = config.data.poses
     found.facts["poses"] = facts = {"from": None}
     if not named and not has_poses(listing):
-        found.problem(
-            f"{listing.path}: it has no poses: name cryoDRGN's poses.pkl in data.poses, or take the file of a 3D "
-            "refinement"
-        )
+        if not any("no poses" in problem for problem in found.problems):
+            found.problem(
+                f"{listing.path}: it has no poses: name cryoDRGN's poses.pkl in data.poses, or take the file of a 3D "
+                "refinement"
+            )
         return
     facts["from"] = named or listing.path.name
     box, size = images["box"], images["pixel_size_a"]
@@ -311,7 +324,9 @@ def _halves(found: Survey, rows: np.ndarray) -> None:
         named = config.data.halves and resolve_path(config, config.data.halves)
         poses = config.data.poses and resolve_path(config, config.data.poses)
         read = found.attempt(
-            lambda: assign_halves(found.listing, rows, named or None, config.train.seed, True, poses or None)
+            lambda: assign_halves(
+                found.listing, rows, named or None, config.train.seed, config.maps.halves, poses or None
+            )
         )
         if read is None:
             return

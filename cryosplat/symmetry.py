@@ -1,13 +1,9 @@
 """Point groups: the rotations under which a particle looks the same, in RELION's axes."""
 
-import re
-
 import numpy as np
 
 from cryosplat.errors import InputError
-
-LARGEST_FOLD = 99
-"""Largest n of C<n> and D<n>: RELION reads two digits."""
+from cryosplat.pointgroups import KNOWN, canonical
 
 ROUNDING = 1e-6
 """Entries nearer than this are the same rotation; the closest two of C99 are 0.06 apart."""
@@ -24,6 +20,8 @@ _GENERATORS = {
     "I3": ((5, (0, 0, 1)), (5, (2, 0, -1))),
     "I4": ((5, (0, 0, 1)), (5, (2, 0, 1))),
 }
+
+_DIRECTION = np.array([0.842, 0.229, 0.489])
 
 
 def point_group(name: str) -> np.ndarray:
@@ -67,19 +65,61 @@ def point_group(name: str) -> np.ndarray:
     return np.stack(group)
 
 
+def operators(name: str) -> np.ndarray | None:
+    """The same, but None of a group that has the identity alone: what takes operators need then do nothing.
+
+    Raises:
+        InputError: another name.
+    """
+    group = point_group(name)
+    return None if len(group) == 1 else group
+
+
+def split(operators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A group as products r h: h take a cubic grid to itself (quarter turns about its axes and what they make).
+
+    Sums on a grid are symmetrised over the h without interpolation, so images need only be inserted in the views R r.
+    Of D2, C4 or O that is one view an image; five of I1 and I2, which have two-folds about x, y, z; all of C7 or T.
+
+    Args:
+        operators: (K, 3, 3), all of a group.
+
+    Returns:
+        r (K/H, 3, 3) and h (H, 3, 3), the identity first in each.
+
+    >>> [len(part) for part in split(point_group("I"))], [len(part) for part in split(point_group("C7"))]
+    ([5, 12], [7, 1])
+    """
+    whole = np.abs(operators - np.rint(operators)).max((1, 2)) < ROUNDING
+    on_grid, first = np.rint(operators[whole]), []
+    for operator in operators:
+        if not any(_among(before.T @ operator, on_grid) for before in first):
+            first.append(operator)
+    return np.stack(first), on_grid
+
+
+def fold(positions: np.ndarray, operators: np.ndarray) -> np.ndarray:
+    """Positions (N, 3) taken into one asymmetric unit: to where, of all their copies, they are nearest to a direction.
+
+    The direction is on no axis of any group, so that the unit is one piece: the cone of what is nearer to it than to
+    its copies.
+    """
+    copies = np.einsum("kij,nj->nki", operators, positions)
+    return copies[np.arange(len(positions)), np.argmax(copies @ _DIRECTION, axis=1)]
+
+
+def _among(one: np.ndarray, group: np.ndarray) -> bool:
+    return bool(np.abs(group - one).max((1, 2)).min() < ROUNDING)
+
+
 def _generators(name: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:
-    key = name.strip().upper()
-    axial = re.fullmatch(r"([CD])0*([1-9]\d*)", key)
-    if axial and int(axial[2]) <= LARGEST_FOLD:
-        about_z = (int(axial[2]), (0, 0, 1))
-        return (about_z,) if axial[1] == "C" else (about_z, (2, (1, 0, 0)))
-    key = "I2" if key == "I" else key
-    if key not in _GENERATORS:
-        raise InputError(
-            f"symmetry {name!r}: expected C<n> or D<n> with n from 1 to {LARGEST_FOLD} (C1: none), T, O, I, I1, I2, I3 "
-            "or I4 (I is I2)"
-        )
-    return _GENERATORS[key]
+    key = canonical(name)
+    if key is None:
+        raise InputError(f"symmetry {name!r}: expected {KNOWN}")
+    if key in _GENERATORS:
+        return _GENERATORS[key]
+    about_z = (int(key[1:]), (0, 0, 1))
+    return (about_z,) if key[0] == "C" else (about_z, (2, (1, 0, 0)))
 
 
 def _turn(fold: int, axis: tuple[float, float, float]) -> np.ndarray:

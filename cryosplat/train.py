@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from cryosplat import checkpoint, distributed, fitkeeping, interruption, start
+from cryosplat import checkpoint, distributed, fitkeeping, interruption, progress, start
 from cryosplat.backprojection import LinearHalf
 from cryosplat.config import check_files, load_config
 from cryosplat.ending import ending
@@ -28,8 +28,9 @@ from cryosplat.holdout import HoldOut
 from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
 from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
 from cryosplat.particles import ParticleTable, read_particles
+from cryosplat.particlescores import score_particles
 from cryosplat.preparation import Preparation
-from cryosplat.products import half_map_curves, hardware, log_evaluation, write_products
+from cryosplat.products import half_map_curves, hardware, log_evaluation, particle_file, write_products
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.runlock import RunLock
 from cryosplat.runs import HALVES, RunState, begin_run, give_up_run, open_run
@@ -72,7 +73,8 @@ def _train(config: Config, world: distributed.World, watch: interruption.Watch, 
     if run.summary is not None:
         logger.info("%s: the run is complete; nothing to do", run.folder)
         return run.summary
-    return Run(config, world, run, watch, lock).train()
+    with progress.shown(run.folder, listens=world.is_main):
+        return Run(config, world, run, watch, lock).train()
 
 
 class Run:
@@ -90,6 +92,7 @@ class Run:
         self.began = time.perf_counter()
         self.before = run.state["seconds"] if run.state else {"wall": 0.0, "cpu": 0.0, "training": 0.0}
         self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, self.before.get("fit", 0.0)
+        self.waited_seconds = 0.0
         self.fit_gains: dict[str, list[float]] = {}
         self.begun = run.resumed
         table = distributed.together(self._read_table, world)
@@ -142,6 +145,7 @@ class Run:
             if self.fit_gains:
                 monitor.volume_fit(self.fit_gains)
                 distributed.together(lambda: self._save(monitor), self.world)  # what comes next may be cut short
+            self._say_training()
             while not trainer.finished:
                 trainer.run_epoch(
                     lambda report: self._report(report, monitor), lambda looked: self._after_step(looked, monitor)
@@ -150,6 +154,7 @@ class Run:
                     self._measure(monitor)
                     evaluation = self._evaluate(monitor)
                     distributed.wait_for_main(self.world)
+                    self._say_training()
                 distributed.together(lambda: self._save(monitor), self.world)
                 if not trainer.finished:  # then what is left takes no longer than to begin again
                     self._go_if_asked(self._saved())
@@ -161,9 +166,11 @@ class Run:
                     evaluation = self._evaluate(monitor)
                 suite = half_map_curves(self.linear, evaluation, trainer.reconstruction.pixel_size_a)
             distributed.wait_for_main(self.world)
+            scores = score_particles(config, trainer.reconstruction, trainer.table, self.images, self.world)
             summary = self._summary(evaluation, suite)
             if self.world.is_main:
-                write_products(config, self.run.folder, trainer, evaluation, suite, summary)
+                progress.stage("writing maps and figures")
+                write_products(config, self.run.folder, trainer, evaluation, suite, summary, scores)
         return summary
 
     def _read_table(self) -> ParticleTable:
@@ -253,12 +260,18 @@ class Run:
             monitor.text("run/hardware", hardware(self.world))
         return monitor
 
+    def _say_training(self) -> None:
+        trainer = self.trainer
+        if not trainer.finished:
+            progress.stage("training", trainer.total_steps, "steps", trainer.progress.step)
+
     def _report(self, report: Report, monitor) -> None:
         self.images_trained += report.images
         self.training_seconds += report.seconds
-        memory = peak_memory_gib(self.world.device)
-        rate = report.images / max(report.seconds, 1e-9)
-        monitor.step(report.step, report.epoch, report.losses, report.learning_rate, rate, memory)
+        self.waited_seconds += report.waited
+        memory, seconds = peak_memory_gib(self.world.device), max(report.seconds, 1e-9)
+        rate, waiting = report.images / seconds, report.waited / seconds
+        monitor.step(report.step, report.epoch, report.losses, report.learning_rate, rate, memory, waiting)
 
     def _after_step(self, looked: bool, monitor) -> None:
         """Save if it is time, and go if a rank was asked to; all ranks do the same."""
@@ -296,6 +309,7 @@ class Run:
         """Rank 0 alone; the others wait for it."""
         if not self.world.is_main:
             return None
+        progress.stage("evaluating")
         trainer = self.trainer
         evaluation = evaluate(trainer.reconstruction, self.comparison, self.linear)
         log_evaluation(monitor, trainer, evaluation)
@@ -330,27 +344,32 @@ class Run:
         }
 
     def _summary(self, evaluation: Evaluation | None, suite: FscSuite | None) -> dict[str, Any]:
-        trainer, seconds = self.trainer, self._seconds()
-        ranks = distributed.gather_objects((time.process_time(), peak_memory_gib(self.world.device)), self.world)
+        trainer, seconds, agreement = self.trainer, self._seconds(), self.images.agreement
+        mine = time.process_time(), peak_memory_gib(self.world.device), self.waited_seconds
+        ranks = distributed.gather_objects(mine, self.world)
         summary = {
             **(evaluation.summary() if evaluation else {}),
             "particles": trainer.plan.particles,
             "held_out": int(trainer.plan.held_out.sum()),
             "images_in_both_halves": self.images.shared,
-            "gaussians": trainer.reconstruction.mixture.counts[0],
-            "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.counts, strict=False)),
+            "gaussians": trainer.reconstruction.mixture.drawn[0],
+            "gaussians_by_model": dict(zip(MODEL_NAMES, trainer.reconstruction.mixture.drawn, strict=False)),
+            "symmetry": self.config.model.symmetry,
+            "symmetric_share": agreement.share if agreement else None,
             "box": trainer.reconstruction.box,
             "pixel_size_a": round(trainer.reconstruction.pixel_size_a, 6),  # what float32 files carry
             "world_size": self.world.size,
             "images_per_second": self.images_trained / self.training_seconds if self.training_seconds else None,
-            "cpu_seconds": self.before["cpu"] + sum(cpu for cpu, _ in ranks),
+            "waiting": max(waited for *_, waited in ranks) / self.training_seconds if self.training_seconds else None,
+            "cpu_seconds": self.before["cpu"] + sum(cpu for cpu, *_ in ranks),
             "wall_seconds": seconds["wall"],
-            "peak_memory_gib": sum(memory["cpu_max_rss"] for _, memory in ranks),
-            "peak_gpu_memory_gib": max((memory.get("gpu_max_reserved", 0.0) for _, memory in ranks), default=0.0),
+            "peak_memory_gib": sum(memory["cpu_max_rss"] for _, memory, _ in ranks),
+            "peak_gpu_memory_gib": max((memory.get("gpu_max_reserved", 0.0) for _, memory, _ in ranks), default=0.0),
             "volume_fit_seconds": seconds["fit"],
             "training_seconds": seconds["training"],
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
+            **(particle_file(self.config) if self.world.is_main else {}),
             "invert": self.images.sign.invert,
             "sign_certainty": self.images.sign.certainty,
             "halves_from": trainer.table.half_from if self.config.maps.halves else None,
@@ -358,7 +377,8 @@ class Run:
             "run_dir": str(self.run.folder),
         }
         if suite is not None:
-            summary |= {"warnings": suite.warnings, "anisotropy": suite.anisotropy}
+            said = agreement and agreement.warning(self.config.model.symmetry)
+            summary |= {"warnings": [*suite.warnings, *([said] if said else [])], "anisotropy": suite.anisotropy}
         return distributed.broadcast_object(summary, self.world)
 
 

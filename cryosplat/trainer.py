@@ -51,6 +51,7 @@ class Report:
     learning_rate: float
     images: int
     seconds: float
+    waited: float  # seconds of these in which this rank waited for images
 
 
 @dataclass
@@ -180,7 +181,7 @@ class Trainer:
             InputError: a value that is not finite, on all ranks together, before it reached a parameter.
         """
         batches = self.plan.epoch(self.progress.epoch)
-        began, images = time.perf_counter(), 0
+        began, images, waited = time.perf_counter(), 0, self.dataset.waited_s
         left = batches[self.progress.step_in_epoch :]
         chosen = self.dataset.choose([ids[self.mine[ids]] for ids in left])
         for ids, mine, counts in zip(left, chosen, self._counts(left), strict=True):
@@ -193,9 +194,10 @@ class Trainer:
             look = self.progress.step % self.config.log_every == 0 or last
             if look:
                 losses = self._look()
-                now = time.perf_counter()
-                on_report(Report(self.progress.step, self.progress.epoch, losses, rate, images, now - began))
-                began, images = now, 0
+                now, so_far = time.perf_counter(), self.dataset.waited_s
+                progress = self.progress
+                on_report(Report(progress.step, progress.epoch, losses, rate, images, now - began, so_far - waited))
+                began, images, waited = now, 0, so_far
             if not last:
                 on_step(look)
         self.progress.epoch += 1

@@ -15,7 +15,7 @@ def voxels_in_shells(box: int) -> np.ndarray:
     return shell_sums(ones, ones)[1]
 
 
-def independent_voxels(box: int, mask: np.ndarray | None = None) -> np.ndarray:
+def independent_voxels(box: int, mask: np.ndarray | None = None, copies: int = 1) -> np.ndarray:
     """Effective number of independent real numbers in every shell: float64 (box // 2 + 1,).
 
     A mask m makes neighbouring Fourier voxels of white noise correlate: their covariance at distance d is W(d), the
@@ -26,8 +26,10 @@ def independent_voxels(box: int, mask: np.ndarray | None = None) -> np.ndarray:
     A(d) being the fraction of the shell's voxels that have another of the shell at distance d. Of a thin spherical
     shell of radius k and thickness 1 this is 1 / (2 |d|) for 0 < |d| < 2 k (from the lengths of chords of a sphere,
     which have the density s / 2 k^2), and 1 at 0.
+
+    Of maps with a symmetry of ``copies`` operators that many voxels say the same.
     """
-    voxels = voxels_in_shells(box)
+    voxels = voxels_in_shells(box) / copies
     if mask is None:
         return voxels
     spectrum = masked_spectrum(np.asarray(mask, dtype=np.float32) ** 2, dtype=np.float32)

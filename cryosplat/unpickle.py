@@ -17,6 +17,7 @@ import re
 import tokenize
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -33,6 +34,26 @@ _OPERATIONS = frozenset(
 )
 _MEMO_WRITES = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
 _NUMBER_TYPES = re.compile(r"b1|[iu][1248]|f[248]")
+_MOST_AXES = 64  # as in numpy
+
+_LONGEST_HEADER = 1 << 20
+"""Bytes of a header in numpy's format. numpy's own limit, 10,000, is less than .cs files of many classes have."""
+
+
+_NUMPY_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    # Of damaged headers, which numpy reads as Python literals.
+    SyntaxError,
+    tokenize.TokenError,
+    RecursionError,
+    AttributeError,
+    LookupError,
+)
 
 
 class _Refused(pickle.UnpicklingError):
@@ -84,13 +105,19 @@ class _Array:
         """
         if not isinstance(number_type, _NumberType) or not isinstance(data, bytes | bytearray):
             raise pickle.UnpicklingError("a damaged array")
-        if not isinstance(shape, tuple) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        # Bounded: the product of a megabyte of integers would take minutes.
+        sized = isinstance(shape, tuple) and len(shape) <= _MOST_AXES
+        if not sized or not all(isinstance(size, int) and 0 <= size < 2**63 for size in shape):
             raise pickle.UnpicklingError("an array without a shape")
         # Python's integers: a product of crafted sizes must not wrap round.
         if math.prod(shape) * number_type.dtype.itemsize != len(data):
             raise pickle.UnpicklingError(f"an array of shape {str(shape)[:60]} with {len(data)} bytes")
-        array = np.frombuffer(data, dtype=number_type.dtype).reshape(shape, order=order)
-        self.value = array.astype(array.dtype.newbyteorder("="), order="C")
+        # A view: a small file can have one array a million times over, and a million copies would fill the memory.
+        self.value = np.frombuffer(data, dtype=number_type.dtype).reshape(shape, order=order)
+
+    def copy(self) -> np.ndarray:
+        """Its values in native byte order, C order and writable."""
+        return self.value.astype(self.value.dtype.newbyteorder("="), order="C")
 
 
 class _Name:
@@ -130,7 +157,7 @@ def _from_buffer(data, number_type, shape, order, axis_order=None) -> _Array:
         array.fill(data, number_type, shape, order)
     else:
         array.fill(data, number_type, shape, "C")
-        array.value = np.ascontiguousarray(array.value.transpose(axis_order))
+        array.value = array.value.transpose(axis_order)
     return array
 
 
@@ -140,14 +167,7 @@ def _scalar(number_type, data) -> int | float | bool:
     return array.value.item()
 
 
-def _encode(text, encoding) -> bytes:
-    """How protocols before 3 write bytes."""
-    if encoding != "latin1" or not isinstance(text, str):
-        raise _Refused("it uses a text encoding other than latin1")
-    return text.encode("latin1")
-
-
-_NAMES = {("numpy", "ndarray"): _NDARRAY, ("numpy", "dtype"): _Name(_NumberType), ("_codecs", "encode"): _Name(_encode)}
+_NAMES = {("numpy", "ndarray"): _NDARRAY, ("numpy", "dtype"): _Name(_NumberType)}
 for _core in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2
     _NAMES[_core + ".multiarray", "_reconstruct"] = _Name(_reconstruct)
     _NAMES[_core + ".multiarray", "scalar"] = _Name(_scalar)
@@ -155,11 +175,26 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2
 
 
 class _Reader(pickle.Unpickler):
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self._left = len(data)  # no honest file has text turned into more bytes than it has itself
+
     def find_class(self, module: str, name: str) -> _Name:
+        if (module, name) == ("_codecs", "encode"):
+            return _Name(self._encode)
         try:
             return _NAMES[module, name]
         except KeyError:
             raise _Refused(f"it names {f'{module}.{name}'[:80]!r}") from None
+
+    def _encode(self, text, encoding) -> bytes:
+        """How protocols before 3 write bytes."""
+        if encoding != "latin1" or not isinstance(text, str):
+            raise _Refused("it uses a text encoding other than latin1")
+        self._left -= len(text)
+        if self._left < 0:
+            raise _Refused("it repeats its own bytes")
+        return text.encode("latin1")
 
     def persistent_load(self, _identifier):
         raise _Refused("it refers to an object outside the file")
@@ -176,14 +211,17 @@ def _check_operations(data: bytes) -> None:
             raise pickle.UnpicklingError("a damaged memo index")
 
 
-def _plain(value: object, depth: int = 0) -> Plain:
+def _plain(value: object, size: int, depth: int = 0) -> Plain:
+    """What the file holds, which has that size."""
     if isinstance(value, _Array) and value.value is not None:
-        return value.value
+        return value.copy()
     if isinstance(value, int | float):
         return value
     # One level only: cryoDRGN nests no deeper, and a list that holds itself would never end.
     if isinstance(value, tuple | list) and depth == 0:
-        return type(value)(_plain(item, depth + 1) for item in value)
+        if sum(item.value.nbytes for item in value if isinstance(item, _Array) and item.value is not None) > size:
+            raise _Refused("it repeats its own bytes")
+        return type(value)(_plain(item, size, depth + 1) for item in value)
     raise _Refused(f"it holds {type(value).__name__.lstrip('_')} where arrays and numbers are expected")
 
 
@@ -206,7 +244,7 @@ def read_pickle(path: str | os.PathLike) -> Plain:
         raise InputError(f"{path}: the file is empty; a pickle of numpy arrays was expected")
     try:
         _check_operations(data)
-        return _plain(_Reader(io.BytesIO(data)).load())
+        return _plain(_Reader(data).load(), len(data))
     except _Refused as error:
         raise InputError(
             f"{path}: refused, because {error}; only numpy arrays of numbers, in a tuple or list, are read from "
@@ -226,13 +264,30 @@ def read_npy(path: Path) -> np.ndarray:
         InputError: missing, damaged, or another format.
     """
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, TypeError, EOFError, MemoryError, SyntaxError, tokenize.TokenError) as error:
-        # The last two come from damaged headers, which numpy reads as Python literals.
+        with open(path, "rb") as handle:
+            if handle.read(4) == b"PK\3\4":
+                raise InputError(f"{path}: expected one array, found an archive of several (.npz)")
+            handle.seek(0)
+            promised = _array_bytes(handle)
+            there = os.fstat(handle.fileno()).st_size - handle.tell()
+            if there < promised:
+                raise ValueError(f"truncated: {promised} bytes promised, {there} there")
+            handle.seek(0)
+            return np.lib.format.read_array(handle, allow_pickle=False, max_header_size=_LONGEST_HEADER)
+    except InputError:
+        raise
+    except _NUMPY_ERRORS as error:
         raise InputError(f"{path}: not a readable file of numpy's format ({str(error)[:200]})") from error
-    if not isinstance(values, np.ndarray):
-        raise InputError(f"{path}: expected one array, found an archive of several")
-    return values
+
+
+def _array_bytes(handle: BinaryIO) -> int:
+    """Bytes that the header of a file in numpy's format promises; numpy would make room for them unseen."""
+    major, _minor = np.lib.format.read_magic(handle)
+    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape, _fortran, number_type = read(handle, max_header_size=_LONGEST_HEADER)
+    if number_type.itemsize == 0 or any(size < 0 for size in shape):
+        raise ValueError("an array without bytes")
+    return math.prod(shape) * number_type.itemsize
 
 
 def read_integers(path: str | os.PathLike) -> np.ndarray:
@@ -269,6 +324,8 @@ def _read_text(path: Path) -> list[int]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
+                if "_" in line or not line.isascii():  # which Python would read
+                    raise ValueError
                 values.append(int(line))
             except ValueError as error:
                 raise InputError(f"{path}: line {number} is {line.strip()[:40]!r}, not an integer") from error

@@ -22,6 +22,7 @@ from cryosplat.files import atomic_path
 from cryosplat.fsc import fsc, read_maps
 from cryosplat.records import Record, read_record
 from cryosplat.settings import Config
+from cryosplat.symmetry import point_group
 from cryosplat.verdicts import Check
 from cryosplat.volumes import read_map
 
@@ -72,7 +73,7 @@ def validate(
     folder = Path(run_dir).expanduser().resolve()
     run, config = _read_run(folder)
     base = _base(folder, config)
-    error = verdicts.noise_error(run.box, _mask(config, base))
+    error = verdicts.noise_error(run.box, _mask(config, base), len(point_group(config.model.symmetry)))
     unknown = [test for test in tests if test not in TESTS]
     if unknown or not tests:
         raise InputError(f"--tests {','.join(unknown)}: expected some of {','.join(TESTS)}")

@@ -80,9 +80,12 @@ class Panel:
     in_pairs: bool = False
 
 
-def noise_error(box: int, mask: np.ndarray | None = None) -> np.ndarray:
-    """Standard error (box//2+1,) of the FSC of two linear maps of independent noise under a mask (D, D, D)."""
-    return standard_error(np.zeros(box // 2 + 1), INDEPENDENT_SHARE * independent_voxels(box, mask))
+def noise_error(box: int, mask: np.ndarray | None = None, copies: int = 1) -> np.ndarray:
+    """Standard error (box//2+1,) of the FSC of two linear maps of independent noise under a mask (D, D, D).
+
+    Made with a symmetry of ``copies`` operators.
+    """
+    return standard_error(np.zeros(box // 2 + 1), INDEPENDENT_SHARE * independent_voxels(box, mask, copies))
 
 
 def _excess(curve: FscCurve, first: int, error: np.ndarray) -> tuple[float, float]:

@@ -25,7 +25,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from cryosplat import distributed
+from cryosplat import distributed, progress
 from cryosplat.backprojection import LinearHalf
 from cryosplat.descent import Descent
 from cryosplat.errors import InputError, Interrupted
@@ -36,6 +36,7 @@ from cryosplat.metrics import OVERFITTED
 from cryosplat.quadratic import NormalEquations
 from cryosplat.sectors import SectorSums, smooth
 from cryosplat.settings import ModelConfig, VolumeConfig
+from cryosplat.symmetry import fold
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def whole(halves: tuple[LinearHalf, LinearHalf]) -> LinearHalf:
     ) / np.maximum(total, 1e-30)
     variance = np.divide(1, total, out=np.full_like(total, np.inf), where=total > 0)
     volume = scipy.fft.irfftn(spectrum, halves[0].map.shape).astype(np.float32)
-    return LinearHalf(volume, variance, halves[0].equations + halves[1].equations)
+    return LinearHalf(volume, variance, halves[0].equations + halves[1].equations, halves[0].symmetry)
 
 
 def make_problems(
@@ -173,10 +174,10 @@ def fit(
     side = min(2 * (int(np.abs(np.argwhere(mask > MASK_LEVEL) - box // 2).max()) + 1), 2 * (box // 2))
     form = problem.half.equations.to(device).within(side)
     kept = None if keeper is None else keeper.load(problem.name)
-    count = model.gaussians or _count(mask, resolved, box)
+    count = math.ceil((model.gaussians or _count(mask, resolved, box)) / problem.half.copies)
     if kept is not None:
         count = len(kept["parameters"])
-    mixture = GaussianMixture(1, count, model.amplitudes, scale_range).to(device)
+    mixture = GaussianMixture(1, count, model.amplitudes, scale_range, problem.half.symmetry).to(device)
     if model.start == "random":
         mixture.start_randomly(model.spread, model.scale, problem.seed)
     elif kept is None:
@@ -186,14 +187,16 @@ def fit(
     if kept is not None:
         descent.load_state(kept)
         logger.info("%s: its fit in the volume goes on after step %d", problem.name, descent.steps)
+    progress.stage(f"fitting {problem.name.replace('_', ' ')}", volume.steps, "steps", descent.steps)
     while descent.steps < volume.steps:
         descent.step()
+        progress.at(descent.steps)
         if keeper is not None:
             keeper.after_step(problem.name, descent.state, last=descent.steps == volume.steps)
     gains, held_out_gains = descent.gains(problem.name)
     logger.info(
         "%s: %d Gaussians fitted in the volume, %d steps in a box of %d px; %.0f nats above an empty map",
-        *(problem.name, count, len(gains), side, gains[-1]),
+        *(problem.name, mixture.drawn[0], len(gains), side, gains[-1]),
     )
     return Fitted(mixture.mixtures[0].detach().cpu(), float(mixture.unit), gains, held_out_gains)
 
@@ -235,6 +238,8 @@ def fit_all(
                     done[m] = fit(problem, *settings, world.device, keeper)
             return done
         finally:
+            if world.size > 1:
+                progress.stage("waiting for the fits of other ranks")
             distributed.wait_for_main(world)  # and for every other rank: fits may take longer than a collective waits
 
     done = distributed.together(fit_mine, world)
@@ -281,7 +286,11 @@ def _count(mask: np.ndarray, resolved: int, box: int) -> int:
 
 @torch.no_grad()
 def _start_from(density: np.ndarray, mixture: GaussianMixture, problem: Problem) -> None:
-    """Points drawn from what is positive of a density (D, D, D), of one size and amplitude."""
+    """Points drawn from what is positive of a density (D, D, D), of one size and amplitude.
+
+    With a symmetry as many as an asymmetric unit has are drawn from all of it, and taken into one unit: there they lie
+    as points drawn from that unit do.
+    """
     box, count = problem.box, mixture.gaussians
     frequency = np.fft.fftfreq(box), np.fft.rfftfreq(box)
     squares = frequency[0][:, None, None] ** 2 + frequency[0][:, None] ** 2 + frequency[1] ** 2
@@ -297,7 +306,9 @@ def _start_from(density: np.ndarray, mixture: GaussianMixture, problem: Problem)
     uniform = (within[place] + turn[:, None] * np.array([0.8191725, 0.6710436, 0.5497005])) % 1
     zyx = np.stack(np.unravel_index(place, density.shape), axis=1)
     position = zyx[:, ::-1] - box // 2 + uniform - 0.5
-    spacing_px = (weight.sum() ** 2 / (weight**2).sum() / count) ** (1 / 3)
+    if problem.half.symmetry is not None:
+        position = fold(position, problem.half.symmetry)
+    spacing_px = (weight.sum() ** 2 / (weight**2).sum() / mixture.drawn[0]) ** (1 / 3)
     parameters = torch.empty(count, NUMBERS)
     parameters[:, MEAN] = torch.from_numpy(position / box).float()
     parameters[:, SCALE] = inverse_softplus(START_SCALE * spacing_px / box)

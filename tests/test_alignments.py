@@ -358,8 +358,8 @@ BAD_COLUMNS = {
         r"row 4: _rlnRandomSubset is 1\.5, expected 1 or 2",
     ),
     "mixed A/px": (
-        {"DetectorPixelSize": with_value([2.0] * COUNT, 2.1)},
-        r"A/px from 2 to 2\.1; particles of one run must have the same A/px.*data.indices",
+        {"DetectorPixelSize": with_value([2.0] * COUNT, 2.5)},
+        r"A/px from 2 to 2\.5; particles of one run must have the same A/px.*data.indices",
     ),
 }
 
@@ -384,7 +384,7 @@ BAD_OPTICS = {
     "several A/px": (
         (5, 5, 5, 3, 3, 5),
         {"OpticsGroup": [3, 5], "OpticsGroupName": ["old", "new"], "ImagePixelSize": [1.5, 2.0], **microscope(2)},
-        r"A/px from 1\.5 to 2; .*optics groups: 3 old \(1\.5 A/px\), 5 new \(2 A/px\)\. Choose those of one A/px",
+        r"A/px from 1\.5 to 2; .*optics groups: 3 old \(1\.5 A/px\), 5 new \(2 A/px\)\. Choose those of near A/px",
     ),
     "a group in words": (with_value([1] * COUNT, "x"), None, "row 4: _rlnOpticsGroup is 'x', expected its number"),
     "words": (

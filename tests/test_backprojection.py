@@ -9,6 +9,7 @@ from halfmaps import molecule
 from test_distributed import run_ranks
 from views import PIXEL_SIZE_A, WORLD, Views, even_views, random_ctf, random_shifts, tilted_views
 
+from cryosplat import backprojection
 from cryosplat.backprojection import back_project, linear_half
 from cryosplat.fsc import fsc
 from cryosplat.masks import spherical_mask
@@ -117,6 +118,54 @@ def test_symmetry_makes_the_map_symmetric_and_better():
     assert relative(turned(symmetric, 1), symmetric) < 0.02 < 0.2 < relative(turned(plain, 1), plain)
     scores = [fsc(found, truth, PIXEL_SIZE_A).fsc[1:15].mean() for found in (plain, symmetric)]
     assert scores[1] > scores[0] + 0.1
+
+
+@pytest.mark.parametrize("name", ["D2", "O", "I", "D3"])
+def test_sums_symmetrised_on_the_grid_are_those_of_images_entered_in_all_views(name, monkeypatch):
+    """But for the faces of the grid, at Nyquist, which a quarter turn takes off it."""
+    views, group = views_of(molecule(24, 0.2), 60, True, noise=0.5), point_group(name)
+    few = [linear_half(sums, 24, group) for sums in views.sums(group)]
+    monkeypatch.setattr(backprojection, "split", lambda operators: (operators, np.eye(3)[None]))
+    all_views = [linear_half(sums, 24, group) for sums in views.sums(group)]
+    inside = SectorSums(24).shell < 11
+    for one, other in zip(few, all_views, strict=True):
+        spectra = [np.fft.rfftn(half.map) * inside for half in (one, other)]
+        assert relative(*spectra) < 1e-4
+        np.testing.assert_allclose(one.variance[inside], other.variance[inside], rtol=1e-3)
+        assert relative(one.equations.data, other.equations.data) < 1e-4
+        assert relative(one.equations.kernel, other.equations.kernel) < 5e-3  # 1.3e-3 of I, all of it at Nyquist
+
+
+def test_the_likelihood_of_a_symmetric_map_is_that_of_the_images_once():
+    """Sums over all copies, over their number: Q of a map with the symmetry is what it is without the copies."""
+    group, lump = point_group("C4"), np.roll(molecule(BOX, 0.1), 4, axis=2)
+    truth = sum(turned(lump, quarters) for quarters in range(4))
+    views = Views(truth, even_views(200), random_shifts(200, BOX), random_ctf(200), noise=0.5)
+    symmetric, plain = (views.halves(operators)[0].equations.within(BOX) for operators in (group, None))
+    with_it, without = (torch.from_numpy(volume).float() for volume in (truth, lump))
+    assert float(symmetric(with_it)[0]) == pytest.approx(float(plain(with_it)[0]), rel=5e-4)
+    assert abs(float(symmetric(without)[0]) / float(plain(without)[0]) - 1) > 3e-3
+
+
+@pytest.mark.parametrize("name", ["C7", "D2"])
+def test_the_noise_of_a_symmetrised_map_is_that_of_as_many_images_as_views(name):
+    """0.93 measured of C7 and 0.98 of D2, axes included, where copies of one image's noise add up."""
+    group, sums, power, stated = point_group(name), SectorSums(BOX), 0, 0
+    for seed in range(3):
+        views = Views(np.zeros((BOX,) * 3), even_views(100), None, random_ctf(100), 1.0, seed)
+        for half in views.halves(group):
+            power = power + sums(np.abs(np.fft.rfftn(half.map.astype(float))) ** 2).sum(1)
+            stated = stated + sums(np.where(np.isfinite(half.variance), half.variance, 0)).sum(1)
+    assert 0.75 < (power / stated)[4:14].mean() < 1.25
+
+
+def test_images_cropped_in_fourier_space_make_the_same_map_at_low_resolution():
+    views = views_of(molecule(48, 0.15), 300, True)
+    whole = views.map().map
+    sums = back_project(views, np.arange(300), np.ones((2, 25)), WORLD, halves=False, crop=24)
+    rows = np.r_[0:12, 36:48]
+    low = np.fft.irfftn(np.fft.rfftn(whole)[rows][:, rows][:, :, :13], (24,) * 3, (0, 1, 2))
+    assert fsc(linear_half(sums[0], 24).map, low, 2 * PIXEL_SIZE_A).fsc[1:11].min() > 0.99
 
 
 def turned(volume: np.ndarray, quarters: int) -> np.ndarray:

@@ -69,7 +69,7 @@ def test_help_names_the_commands_without_waiting_for_pytorch():
     check = f"try:\n {program}\nexcept SystemExit as ended:\n assert ended.code == 0 and 'torch' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment())
     assert ended.returncode == 0, ended.stderr
-    for name in ("train", "simulate", "voxelise", "fsc", "postprocess", "backproject", "validate", "doctor", "info"):
+    for name in "train simulate voxelise fsc postprocess backproject validate doctor inspect info".split():
         assert re.search(rf"^ +{name}\s", ended.stdout, re.MULTILINE)
 
 
@@ -82,7 +82,8 @@ def test_help_names_the_commands_without_waiting_for_pytorch():
         "fsc": ("--mask",),
         "postprocess": ("--map", "--half1", "--mask", "--fsc", "--column", "--bfactor", "--fit-from", "--apply-mask"),
         "backproject": ("--config", "key=value", "--output", "--sym", "--halves", "--no-halves", "torchrun"),
-        "info": ("path",),
+        "inspect": ("FILE", "key=value", "--write", "--json"),
+        "info": ("FILE",),
     }.items(),
 )
 def test_every_command_has_help_that_names_its_options(command, name, options):
@@ -135,12 +136,12 @@ def test_info_tells_of_a_map_and_of_a_stack(command, reference_run, stack):
     code, output, _ = command("info", reference_run / "map.mrc")
     assert code == 0 and "32 voxels, 128.0 A" in output and "voxel size  4 A" in output
     code, output, _ = command("info", stack / "particles.mrcs")
-    assert code == 0 and "images  301" in output and "32 px" in output and "float32" in output
+    assert code == 2 and "particles     301" in output and "32 px" in output and "no poses" in output
 
 
 def test_info_refuses_what_it_does_not_know(command, stack, tmp_path):
     assert "nothing there" in error_of(command("info", tmp_path / "none.mrc"))
-    assert "expected a run directory, a mixture" in error_of(command("info", stack / "poses.pkl"))
+    assert "expected a run directory, particles" in error_of(command("info", stack / "simulation.json"))
     assert "no run of cryosplat" in error_of(command("info", tmp_path))
     (tmp_path / "bad.npz").write_bytes(b"not a zip")
     assert "not a readable .npz file" in error_of(command("info", tmp_path / "bad.npz"))
@@ -223,9 +224,9 @@ def test_a_run_leaves_all_its_products_and_nothing_half_written(reference_run):
     names = sorted(path.name for path in reference_run.iterdir())
     assert names == [
         "checkpoints", "config.yaml", "directional.png", "fsc.csv", "fsc.png", "fsc.xml", "fsc_half_maps.png",
-        "gaussians.npz", "gaussians.ply", "half_a.mrc", "half_b.mrc", "linear.mrc", "loss.png", "map.mrc", "mask.mrc",
-        "metrics.csv", "mixture.mrc", "mixture_half_a.mrc", "mixture_half_b.mrc", "projections.png", "run.log",
-        "sections.png", "summary.json", "tensorboard", "viewing_directions.png",
+        "gaussians.npz", "gaussians.ply", "half_a.mrc", "half_b.mrc", "halves.npy", "linear.mrc", "loss.png", "map.mrc",
+        "mask.mrc", "metrics.csv", "mixture.mrc", "mixture_half_a.mrc", "mixture_half_b.mrc", "projections.png",
+        "run.log", "sections.png", "summary.json", "tensorboard", "viewing_directions.png",
     ]  # fmt: skip
     assert all(path.stat().st_size for path in reference_run.rglob("*") if path.is_file() and path.name != "run.log")
     assert sorted(path.name for path in (reference_run / "checkpoints").iterdir()) == [
@@ -332,7 +333,7 @@ def test_the_same_run_through_cryosplat_train_and_a_file(command, stack, referen
     with training_set.without_figures():
         code, _, errors = command("train", "--config", tmp_path / "small.yaml", "train.epochs=1")
     assert code == 0 and (tmp_path / "run" / "map.mrc").exists()
-    assert "sign of the data" in errors and "epochs: 1" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "the particles are white on dark" in errors and "epochs: 1" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 # What a user can get wrong

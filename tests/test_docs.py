@@ -49,6 +49,8 @@ LISTED = {
     "cryosplat validate runs/my --tests phases,holdout --processes 8": "as above",
     "torchrun --standalone --nproc-per-node 4 -m cryosplat.cli backproject --config my.yaml -o linear_by_four": "tests/"
     "test_backprojectcommand.py does it",
+    "python -m cryosplat.train --config my.yaml data.cache=disk cache.dir=/local/scratch/me cache.max_gb=500": "writes "
+    "to a disk of a node; tests/test_cache.py does it elsewhere",
     "python -m pytest -q tests/test_ctf.py": "runs with all other tests",
     "tensorboard --logdir runs": "a server without an end",
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 1 --rdzv-endpoint first-host:12345 "

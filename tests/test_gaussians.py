@@ -16,6 +16,7 @@ from cryosplat.gaussians import (
     GaussianMixture,
     mixture_to_map,
 )
+from cryosplat.symmetry import point_group
 
 BOX, PIXEL_SIZE_A = 24, 2.5
 RANGE = (0.004, 0.1)
@@ -242,3 +243,88 @@ def test_the_start_of_unequal_mixtures_adds_up_to_the_unit_in_each():
         torch.testing.assert_close(made.amplitudes().sum(1), torch.ones(3), rtol=1e-4, atol=0)
         of_equals = made.mixtures[1][:, AMPLITUDE]
         assert bool((of_equals == made.raw_amplitude_of_equals(17)).all())
+
+
+# Symmetry
+
+
+@pytest.mark.parametrize("name", ["C7", "D2", "I"])
+def test_what_is_drawn_is_the_unit_and_its_copies(name):
+    group, made = point_group(name), GaussianMixture(2, (5, 3), "signed", RANGE, point_group(name))
+    made.start_randomly(0.1, 0.03, 0)
+    with torch.no_grad():
+        for parameter in made.mixtures:
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    one = GaussianMixture(2, (5, 3), "signed", RANGE)
+    one.load_state_dict(made.state_dict())
+    drawn, unit = (each.in_pixels(BOX) for each in (made, one))
+    assert made.drawn == (5 * len(group), 3 * len(group)) and drawn[0].shape == (2, 5 * len(group), 3)
+    covariances = [reference.symmetric_matrices(each[1]).detach().double().numpy() for each in (drawn, unit)]
+    for k, turn in enumerate(group):
+        copy = slice(5 * k, 5 * k + 5)
+        np.testing.assert_allclose(drawn[0][:, copy].detach(), unit[0].detach().numpy() @ turn.T, atol=1e-4)
+        np.testing.assert_allclose(covariances[0][:, copy], turn @ covariances[1] @ turn.T, atol=1e-3)
+        # All copies together have what the unit alone has without a symmetry.
+        np.testing.assert_allclose(drawn[2][:, copy].detach(), unit[2].detach() / len(group), rtol=1e-5)
+
+
+@pytest.mark.parametrize("amplitudes", ["signed", "positive"])
+def test_a_symmetric_mixture_begins_with_its_unit_in_all_copies_together(amplitudes):
+    made = GaussianMixture(1, 9, amplitudes, RANGE, point_group("D3"))
+    made.start_randomly(0.1, 0.03, 0)
+    with torch.no_grad():
+        made.unit[:] = 2.5
+    assert float(made.in_pixels(BOX)[2].detach().sum()) == pytest.approx(2.5 * BOX**2, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["C4", "D2", "O"])
+def test_the_map_of_a_symmetric_mixture_has_the_symmetry_to_rounding(name):
+    """Of groups that take voxels to voxels; without the first planes, which have no partner."""
+    made = GaussianMixture(1, 6, "signed", RANGE, point_group(name))
+    made.start_randomly(0.15, 0.04, 3)
+    inner = made.voxelise(BOX)[0].numpy()[1:, 1:, 1:]
+    rms = np.sqrt(np.mean(inner**2))
+    quarter = np.rot90(inner, 1 if name != "D2" else 2, axes=(1, 2))
+    assert np.abs(quarter - inner).max() < 1e-4 * rms
+    if name == "O":
+        assert np.abs(np.rot90(inner, axes=(0, 1)) - inner).max() < 1e-4 * rms
+    assert np.abs(np.rot90(inner, 2, axes=(0, 1)) - inner).max() < 1e-4 * rms or name == "C4"
+    assert np.abs(inner[::-1] - inner).max() > 0.1 * rms  # a mirror is no rotation
+
+
+def test_gradients_of_a_symmetric_mixture_are_finite_differences_of_its_map():
+    made = GaussianMixture(1, 3, "signed", RANGE, point_group("C3")).double()
+    made.start_randomly(0.1, 0.06, 2)
+    target = torch.randn(12, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def objective():
+        return (made.draw(12, 12, 6.0)[0] * target).sum()
+
+    objective().backward()
+    parameters, gradient = made.mixtures[0], made.mixtures[0].grad.clone()
+    with torch.no_grad():
+        for place in ((0, 0), (1, 2), (2, 4), (0, 8), (1, AMPLITUDE)):
+            value, sides = parameters[place].clone(), []
+            for step in (1e-6, -1e-6):
+                parameters[place] = value + step
+                sides.append(float(objective()))
+            parameters[place] = value
+            assert float(gradient[place]) == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["C5", "I"])
+def test_an_exported_symmetric_mixture_gives_its_map_and_begins_with_the_unit(name):
+    made = GaussianMixture(2, (4, 2), "signed", RANGE, point_group(name))
+    made.start_randomly(0.12, 0.03, 1)
+    with torch.no_grad():
+        for parameter in made.mixtures:
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    maps = made.voxelise(BOX)
+    for model, count in enumerate(made.counts):
+        found = made.export(model, BOX, PIXEL_SIZE_A)
+        assert all(len(value) == made.drawn[model] for value in found.values())
+        np.testing.assert_allclose(
+            found["means"][:count], made.mixtures[model][:, MEAN].detach() * BOX * PIXEL_SIZE_A, rtol=1e-5
+        )
+        drawn = mixture_to_map({key: value.detach() for key, value in found.items()}, BOX, PIXEL_SIZE_A)
+        np.testing.assert_allclose(drawn, maps[model], atol=1e-4 * float(maps[model].abs().max()))

@@ -66,7 +66,7 @@ def test_a_local_job_is_followed_to_its_end(place):
     log = next(line.split("log: ")[1] for line in done.stdout.splitlines() if "log: " in line)
     assert "2 ranks by submitit" in Path(log).read_text()
     told = launching.launch(place, "status.py", "runs/mine", environment=launching.without_launchers())
-    assert "on this machine; 1 node, 2 ranks" in told.stdout and "stage  complete" in told.stdout, told
+    assert "on this machine; 1 node, 2 ranks" in told.stdout and "state  complete" in told.stdout, told
 
 
 def test_what_the_user_can_mend_is_said_without_a_traceback_and_fails_the_job(place):

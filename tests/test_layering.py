@@ -11,7 +11,6 @@ PACKAGE = ROOT / "cryosplat"
 LAYERS = (
     # Statements, formulas and tables that need nothing else of the package.
     (
-        "__init__",
         "errors",
         "conventions",
         "ctf",
@@ -23,12 +22,12 @@ LAYERS = (
         "fingerprints",
         "quadratic",
         "batches",
-        "settings",
+        "pointgroups",
     ),
-    ("cudaops", "placement", "stackpaths", "aberrations"),
+    ("cudaops", "placement", "settings", "stackpaths", "aberrations"),
     # Single files and single operations.
-    ("ending", "files", "unpickle", "columns", "images", "atoms", "ops", "spectral", "symmetry", "nulls"),
-    ("csfiles",),
+    ("ending", "files", "unpickle", "columns", "images", "ops", "spectral", "symmetry", "nulls"),
+    ("atoms", "csfiles"),
     (
         "config",
         "volumes",
@@ -37,31 +36,39 @@ LAYERS = (
         "checkpoint",
         "runlock",
         "listing",
+        "scores",
+        "tablecopies",
         "phantom",
         "slices",
         "gaussians",
         "masks",
     ),
+    ("status", "pseudoatoms", "chimerax"),
     ("distributed", "optimiser", "stepgraph", "halves", "alignments", "optics", "runs", "fsc"),
-    ("interruption", "opticsnotes"),
+    ("interruption", "opticsnotes", "progress"),
     ("fitkeeping", "descent"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
     ("figures", "fscsuite", "sectors"),
     ("fscfigures",),
     # What training is put together from.
     ("imageprep",),
+    ("cache",),
+    ("prefetch",),
     ("dataset", "monitor", "outputs", "simulate", "postprocess", "verdicts"),
-    ("reconstruction", "inspection", "survey", "fsccommand", "backprojection"),
+    ("reconstruction", "nodeimages", "inspection", "gaussianfiles", "survey", "fsccommand", "backprojection"),
     ("calibration",),
     ("posterior",),
     ("linearmaps", "volumefit"),
+    ("symmetrycheck",),
     ("memory",),
     ("evaluation", "trainer", "holdout", "sign"),
     ("start", "preparation", "imagesurvey"),
-    ("products",),
+    ("products", "particlescores"),
     # What people call.
-    ("train", "validation", "backprojectcommand", "doctor", "inspectcommand"),
-    ("cli",),
+    ("train", "validation", "backprojectcommand", "exporting", "doctor", "comparing", "inspectcommand"),
+    ("api", "cli"),
+    # Whose names are those of "api", brought in when one is used; others import it for its version alone.
+    ("__init__",),
 )
 
 UPWARD = {
@@ -158,7 +165,7 @@ def test_the_compiled_core_knows_nothing_of_pytorch():
         assert not [line for line in includes if any(word in line for word in ("torch", "ATen", "c10"))], path
 
 
-LAUNCHER_NEEDS = ("cryosplat.config", "cryosplat.settings", "cryosplat.errors", "cryosplat.files")
+LAUNCHER_NEEDS = tuple(f"cryosplat.{name}" for name in ("config", "settings", "errors", "files", "status"))
 """What the launcher imports at once; all else, and PyTorch with it, only when it looks at data or trains."""
 
 

@@ -1,14 +1,10 @@
 """What is logged can be read back, once and only once for every step, over any number of resumed parts."""
 
-import fcntl
 import logging
 import os
-import struct
 import subprocess
 import sys
-import termios
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -26,7 +22,7 @@ BOX = 24
 def log_step(monitor, step, loss=None, halves=True):
     loss = 1 / step if loss is None else loss
     losses = {"full": loss, "half_a": loss + 0.1, "half_b": loss + 0.2} if halves else {"full": loss}
-    monitor.step(step, step // 10, losses, 1e-3, 812.5, {"cpu_max_rss": 1.5, "gpu_max_reserved": 0.25})
+    monitor.step(step, step // 10, losses, 1e-3, 812.5, {"cpu_max_rss": 1.5, "gpu_max_reserved": 0.25}, 0.125)
 
 
 def log_evaluation(monitor, step, box=BOX, truth=True, names_of_maps=("map", "mixture")):
@@ -48,13 +44,13 @@ def events(run_dir):
 
 
 def run(run_dir, steps, total=100, **how):
-    with Monitor(run_dir, total, quiet=True, **how) as monitor:
+    with Monitor(run_dir, total, **how) as monitor:
         for step in steps:
             log_step(monitor, step)
 
 
 def test_every_tag_is_in_the_event_file_with_its_unit(tmp_path):
-    with Monitor(tmp_path, 20, quiet=True) as monitor:
+    with Monitor(tmp_path, 20) as monitor:
         monitor.text("run/config", "    train:\n      lr: 0.003")
         monitor.text("run/hardware", "2 cores")
         log_step(monitor, 10)
@@ -67,6 +63,7 @@ def test_every_tag_is_in_the_event_file_with_its_unit(tmp_path):
             "loss/half_b",
             "train/learning_rate",
             "throughput/images_per_second",
+            "throughput/waiting",
             "memory/cpu_max_rss(GiB)",
             "memory/gpu_max_reserved(GiB)",
             "resolution/calibrated_0.5(A)",
@@ -91,7 +88,7 @@ def test_every_tag_is_in_the_event_file_with_its_unit(tmp_path):
 
 
 def test_an_unknown_resolution_is_left_out_and_not_logged_as_nan(tmp_path):
-    with Monitor(tmp_path, 20, quiet=True) as monitor:
+    with Monitor(tmp_path, 20) as monitor:
         log_evaluation(monitor, 10, truth=False)
     tags = events(tmp_path).Tags()["scalars"]
     assert "resolution/truth_0.5(A)" not in tags and "fsc/mean_truth" not in tags
@@ -101,24 +98,24 @@ def test_an_unknown_resolution_is_left_out_and_not_logged_as_nan(tmp_path):
 def test_a_calibrated_curve_of_which_nothing_is_known_is_left_out_without_a_warning(tmp_path):
     nothing = np.full(BOX // 2 + 1, np.nan)
     curves = {"calibrated_map": FscCurve(nothing, BOX, 2.0, nothing)}
-    with Monitor(tmp_path, 20, quiet=True) as monitor:
+    with Monitor(tmp_path, 20) as monitor:
         monitor.evaluation(10, 1, curves, {}, {"map": np.ones((BOX,) * 3)}, None, 2.0)
     assert events(tmp_path).Tags()["scalars"] == []
 
 
 def test_an_evaluation_of_a_real_box_takes_no_more_than_a_few_megabytes(tmp_path):
-    with Monitor(tmp_path, 20, quiet=True) as monitor:
+    with Monitor(tmp_path, 20) as monitor:
         log_evaluation(monitor, 10, 128, names_of_maps=("map", "mixture", "mixture_half_a", "mixture_half_b"))
     assert sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir()) < 2.5e6  # of pure noise, the worst
 
 
 def test_a_resumed_run_continues_its_curves_without_a_duplicate_or_a_gap(tmp_path):
-    with Monitor(tmp_path, 100, quiet=True) as monitor:
+    with Monitor(tmp_path, 100) as monitor:
         for step in (10, 20, 30, 40):
             log_step(monitor, step)
             if step in (20, 40):
                 log_evaluation(monitor, step)
-    with Monitor(tmp_path, 100, start_step=20, resumed=True, quiet=True) as monitor:
+    with Monitor(tmp_path, 100, start_step=20, resumed=True) as monitor:
         for step in (30, 40):
             log_step(monitor, step, loss=9)
             if step == 40:
@@ -141,11 +138,11 @@ def test_a_resumed_run_continues_its_curves_without_a_duplicate_or_a_gap(tmp_pat
 def test_the_last_evaluation_is_there_once_though_a_killed_run_repeats_it(tmp_path, total, expected):
     """A run that has done all its steps and lacks its products evaluates again; another goes on from there."""
     earlier = [step for step in expected if step < total]
-    with Monitor(tmp_path, total, quiet=True) as monitor:
+    with Monitor(tmp_path, total) as monitor:
         for step in {*earlier, 20}:
             log_step(monitor, step)
             log_evaluation(monitor, step)
-    with Monitor(tmp_path, total, start_step=20, resumed=True, quiet=True) as monitor:
+    with Monitor(tmp_path, total, start_step=20, resumed=True) as monitor:
         if total > 20:
             log_step(monitor, total)
         log_evaluation(monitor, total)
@@ -178,10 +175,10 @@ def test_a_line_that_a_kill_tore_is_not_read_and_is_gone_after_resuming(tmp_path
 
 
 def test_metrics_hold_every_column_and_nothing_for_what_there_is_not(tmp_path):
-    with Monitor(tmp_path, 20, quiet=True) as monitor:
-        monitor.step(10, 0, {"full": 0.5}, 1e-3, 100.0, {"cpu_max_rss": 1.5})
+    with Monitor(tmp_path, 20) as monitor:
+        monitor.step(10, 0, {"full": 0.5}, 1e-3, 100.0, {"cpu_max_rss": 1.5}, 0.0)
         line = (tmp_path / "metrics.csv").read_text().splitlines()[1]  # there while the run goes on
-    assert line.startswith("10,0,0.5,,,0.001,100.0,1.5,,")
+    assert line.startswith("10,0,0.5,,,0.001,100.0,0.0,1.5,,")
     metrics = read_metrics(tmp_path / "metrics.csv")
     assert tuple(metrics) == COLUMNS
     assert np.isnan(metrics["loss_half_a"][0]) and np.isnan(metrics["gpu_max_reserved_gib"][0])
@@ -196,7 +193,7 @@ def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path):
     run(tmp_path, [10, 20])
     whole = (tmp_path / "metrics.csv").read_text()
     (tmp_path / "metrics.csv").write_text(whole.replace("20,2,", "20,two,"))
-    with pytest.raises(InputError, match=r"metrics\.csv, line 3: expected 10 numbers"):
+    with pytest.raises(InputError, match=r"metrics\.csv, line 3: expected 11 numbers"):
         run(tmp_path, [30], start_step=20, resumed=True)
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="expected the columns step,epoch"):
@@ -214,7 +211,7 @@ def test_a_run_directory_in_use_is_refused_and_left_as_it_is(tmp_path):
 
 
 def test_the_log_file_has_all_messages_and_is_appended_to_on_resuming(tmp_path):
-    with Monitor(tmp_path, 100, quiet=True) as monitor:
+    with Monitor(tmp_path, 100) as monitor:
         logging.getLogger("cryosplat.trainer").info("three models of 2048 Gaussians")
         log_step(monitor, 10)
         log_evaluation(monitor, 10)
@@ -223,56 +220,11 @@ def test_the_log_file_has_all_messages_and_is_appended_to_on_resuming(tmp_path):
     text = (tmp_path / "run.log").read_text()
     for part in (
         "INFO three models",
-        "step 10 of 100, epoch 1, loss 0.1, 812.5 images/s",
         "after epoch 1, step 10: resolution calibrated 0.5 9.75 A, resolution naive half map 0.143 7.25 A",
         "resumed after step 10 of 100",
-        "step 100 of 100",
     ):
         assert text.count(part) == 1, part
     assert "after the end" not in text
-
-
-def console(caplog):
-    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
-
-
-def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path, caplog, monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with caplog.at_level(logging.INFO), Monitor(tmp_path, 100) as monitor:
-        for step in range(1, 101):
-            clock[0] += 1
-            log_step(monitor, step)
-    lines = console(caplog)
-    assert [line.split(",")[0] for line in lines] == [f"step {step} of 100" for step in (1, 31, 61, 91, 100)]
-    assert lines[1].endswith("01:09 to go")  # 69 steps of a second
-
-
-def test_quiet_is_quiet_on_the_console(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        run(tmp_path, [10, 20])
-    assert console(caplog) == []
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_on_a_terminal_progress_is_a_bar_and_messages_stand_above_it(tmp_path, monkeypatch):
-    reader, terminal = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    with open(terminal, "w", buffering=1) as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
-        handler = logging.StreamHandler(stream)
-        logging.getLogger("cryosplat").addHandler(handler)
-        with Monitor(tmp_path, 100, start_step=40, resumed=True) as monitor:
-            log_step(monitor, 60)
-            logging.getLogger("cryosplat.trainer").info("a message")
-            log_step(monitor, 100)
-        assert logging.getLogger("cryosplat").handlers[-1] is handler
-        logging.getLogger("cryosplat").removeHandler(handler)
-        shown = os.read(reader, 100_000).decode()
-    os.close(reader)
-    assert "100/100" in shown and "loss 0.01, 812.5 images/s" in shown
-    assert "a message\r\n" in shown and "step 60 of 100" not in shown
-    assert "step 60 of 100" in (tmp_path / "run.log").read_text()
 
 
 def test_closing_twice_and_leaving_by_an_error_leave_nothing_behind(tmp_path):
@@ -300,10 +252,10 @@ from cryosplat.metrics import COLUMNS
 from cryosplat.monitor import Monitor
 logging.basicConfig(level=logging.INFO)
 if {what!r} == "metrics.csv":  # it has to fill before the event file does
-    rows = [",".join(COLUMNS)] + [f"{{step}},0,0.1234567890,,,,,,,1" for step in range(1, 651)]
+    rows = [",".join(COLUMNS)] + [f"{{step}},0,0.1234567890,,,,,,,,1" for step in range(1, 651)]
     pathlib.Path({run_dir!r}, "metrics.csv").write_text("\\n".join(rows) + "\\n")
 try:
-    with Monitor({run_dir!r}, 10000, 650, resumed=True, quiet={what!r} != "run.log") as monitor:
+    with Monitor({run_dir!r}, 10000, 650, resumed=True) as monitor:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         for step in range(651, 10000):
             if {what!r} == "metrics.csv":
@@ -339,7 +291,7 @@ def test_a_resumed_run_survives_an_event_file_that_a_kill_tore(tmp_path):
 def test_the_monitor_of_other_ranks_does_nothing_and_takes_the_same_calls(tmp_path):
     public = {name for name in vars(Monitor) if not name.startswith("_")} | {"__enter__", "__exit__"}
     assert all(callable(getattr(NullMonitor, name)) for name in public)
-    with NullMonitor(tmp_path, 100, start_step=0, resumed=False, quiet=True) as monitor:
+    with NullMonitor(tmp_path, 100, start_step=0, resumed=False) as monitor:
         log_step(monitor, 10)
         log_evaluation(monitor, 10)
         monitor.text("run/config", "x")
@@ -374,7 +326,7 @@ GAINS = {"full": [0.5, 1234567.25, 2e6], "half_a": [-1.0, 2.0, 3.0], "half_b": [
 
 
 def test_a_fit_in_the_volume_is_in_a_file_of_its_own_and_a_tensorboard_run_of_its_own(tmp_path):
-    with Monitor(tmp_path, 20, quiet=True) as monitor:
+    with Monitor(tmp_path, 20) as monitor:
         monitor.volume_fit(GAINS)
         log_step(monitor, 10)
     found = read_volume_fit(tmp_path / "volume_fit.csv")
@@ -399,7 +351,7 @@ def events_of_training(run_dir):
 def test_a_fit_that_is_done_again_takes_the_place_of_the_first(tmp_path):
     """As in a run that was killed before its fit was saved."""
     for factor in (1, 2):
-        with Monitor(tmp_path, 20, resumed=factor > 1, quiet=True) as monitor:
+        with Monitor(tmp_path, 20, resumed=factor > 1) as monitor:
             monitor.volume_fit({"full": [factor * gain for gain in GAINS["full"]]})
     assert read_volume_fit(tmp_path / "volume_fit.csv")["gain_full"].tolist() == [1.0, 2469134.5, 4e6]
     folder = tmp_path / "tensorboard" / "volume_fit"

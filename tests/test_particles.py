@@ -207,8 +207,8 @@ def test_without_ctf_the_pixel_size_is_asked_for_or_found_in_the_files(tmp_path,
     names = [f"{image + 1}@particles.mrcs" for image in range(6)]
     write_star(tmp_path / "p.star", names, DetectorPixelSize=[5.0] * 6, Magnification=[38168] * 6)
     assert load(tmp_path, **{**keys, "particles": "p.star"}).pixel_size_a == pytest.approx(1.309998)
-    write_star(tmp_path / "p.star", names, ImagePixelSize=[1.0, 1.0, 1.0, 1.1, 1.0, 1.0])
-    with pytest.raises(InputError, match=r"A/px from 1 to 1\.1"):
+    write_star(tmp_path / "p.star", names, ImagePixelSize=[1.0, 1.0, 1.0, 1.3, 1.0, 1.0])
+    with pytest.raises(InputError, match=r"A/px from 1 to 1\.3"):
         load(tmp_path, **{**keys, "particles": "p.star"})
     with caplog.at_level(logging.WARNING, logger="cryosplat"):
         load(tmp_path, **{**keys, "particles": "p.star", "ctf": "ctf.pkl"})
@@ -239,7 +239,7 @@ def test_reading_particles_leaves_logging_and_standard_output_alone(tmp_path, ke
         f"logging.basicConfig(filename={str(tmp_path / 'log')!r}, filemode='w', level=logging.INFO)\n"
         "logger = logging.getLogger('cryosplat'); handlers = logging.getLogger().handlers[:]\n"
         "from stacks import load\n"
-        f"load({str(tmp_path)!r}, **{keys!r}).read(np.arange(6))\n"
+        f"load({str(tmp_path)!r}, **{keys!r}).read(np.array([0, 3]))\n"
         "assert 'cryodrgn' in sys.modules and logging.getLogger().handlers == handlers and not logger.disabled\n"
         "logger.warning('still here')\n"
     )

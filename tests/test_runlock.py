@@ -128,7 +128,7 @@ def test_an_unreadable_lock_is_one_until_it_is_old(tmp_path):
 def test_a_new_holder_found_in_place_of_the_dead_one_gets_its_lock_back(tmp_path, monkeypatch):
     """Two take over at a time: the slower has judged the dead holder and finds the faster one's lock."""
     held_by(tmp_path, ELSEWHERE, age_s=1000)
-    judge = runlock._why_dead
+    judge = runlock.why_dead
 
     def slow_judge(found, mine, age):
         reason = judge(found, mine, age)
@@ -136,7 +136,7 @@ def test_a_new_holder_found_in_place_of_the_dead_one_gets_its_lock_back(tmp_path
             held_by(tmp_path, dataclasses.replace(ELSEWHERE, token="faster"))
         return reason
 
-    monkeypatch.setattr(runlock, "_why_dead", slow_judge)
+    monkeypatch.setattr(runlock, "why_dead", slow_judge)
     with pytest.raises(InputError, match="in use by"):
         RunLock(tmp_path).acquire()
     assert json.loads((tmp_path / NAME).read_text())["token"] == "faster"

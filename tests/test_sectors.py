@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 from halfmaps import molecule, noise
+from scipy import ndimage
 
 from cryosplat.fsc import masked_spectrum, shell_sums
+from cryosplat.masks import spherical_mask
 from cryosplat.sectors import BANDS, WEDGES, SectorSums, jackknife, smooth
+from cryosplat.symmetry import point_group
 
 
 @pytest.mark.parametrize("box", [12, 16, 30])
@@ -82,6 +85,44 @@ def test_jackknife_errors_of_a_correlation_of_maps_are_those_of_a_simulation():
         errors.append(error)
     ratio = np.sqrt(np.mean(np.square(errors), 0)) / np.std(found, 0)
     assert 0.8 < np.median(ratio[4:]) < 1.25
+
+
+@pytest.mark.parametrize(("name", "plain_too_small"), [("C2", 0.8), ("D7", 0.5), ("O", 0.35)])
+def test_jackknife_errors_of_symmetric_maps_are_those_of_a_simulation(name, plain_too_small):
+    """Of FSC of noise. Sectors that know nothing of the symmetry take copies for repetitions."""
+    box, group, mask = 32, point_group(name), spherical_mask(32, 10)
+    spectra = [masked_spectrum(averaged(noise(box, seed), group), mask) for seed in range(30)]
+    ratios = []
+    for sums in (SectorSums(box, group), SectorSums(box)):
+        powers, found = [sums.cross(spectrum, spectrum) for spectrum in spectra], []
+        for first in range(len(spectra)):
+            second = (first + 7) % len(spectra)
+            cross = sums.cross(spectra[first], spectra[second])
+            found.append(jackknife(fsc_of_sums, cross, powers[first], powers[second]))
+        values, errors = np.array(found)[:, :, 6:12].transpose(1, 0, 2)
+        ratios.append(np.sqrt(np.mean(errors**2) / np.mean(values**2)))
+    assert 0.7 < ratios[0] < 1.2 and ratios[1] < plain_too_small
+
+
+def fsc_of_sums(cross, power, other):
+    return cross / np.sqrt(np.maximum(power * other, 1e-30))
+
+
+def averaged(volume, group):
+    """The mean over S of V(S x), by cubic splines."""
+    box = len(volume)
+    coefficients = ndimage.spline_filter(ndimage.gaussian_filter(volume, 0.6))
+    xyz = np.indices(volume.shape)[::-1].reshape(3, -1) - box // 2
+    turned = ((turn @ xyz)[::-1] + box // 2 for turn in group)
+    return sum(ndimage.map_coordinates(coefficients, zyx, prefilter=False) for zyx in turned).reshape(volume.shape)
+
+
+@pytest.mark.parametrize("name", ["C7", "I"])
+def test_sectors_of_a_symmetry_are_of_nearly_equal_size_and_complete(name):
+    first, sums = masked_spectrum(noise(40, 0)), SectorSums(40, point_group(name))
+    np.testing.assert_allclose(sums.cross(first, first).sum(1), shell_sums(first, first)[1], rtol=1e-9)
+    large = sums.voxels[12:-1].sum(0)
+    assert large.min() > 0.85 * large.max()
 
 
 def test_a_mean_has_the_textbook_error():

@@ -288,12 +288,14 @@ def test_cryodrgn_parses_the_star_file_into_the_same_pickles(stack, tmp_path):
 
 def test_particles_of_two_microscopes_get_two_optics_groups(tmp_path):
     starfile = pytest.importorskip("starfile")
-    from cryosplat.stackfiles import write_star
+    from cryosplat.stackfiles import image_names, write_star
 
     rows = np.tile([15000.0, 14000.0, 0.3, 300.0, 2.7, 0.1, 0.0], (6, 1))
     rows[[1, 4], 3] = 200.0
     path = tmp_path / "two.star"
-    write_star(path, "s.mrcs", random_rotations(6), np.zeros((6, 2)), rows, np.zeros(6), BOX, 1.0)
+    write_star(
+        path, image_names("s.mrcs", range(6)), random_rotations(6), np.zeros((6, 2)), rows, np.zeros(6), BOX, 1.0
+    )
     tables = starfile.read(path)
     voltage = tables["optics"].set_index("rlnOpticsGroup")["rlnVoltage"]
     assert voltage.loc[tables["particles"]["rlnOpticsGroup"]].tolist() == [300, 200, 300, 300, 200, 300]

@@ -55,7 +55,7 @@ def test_two_nodes_of_two_ranks_come_to_the_same_map_as_one_process(slurm_net, t
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(4):
         assert f"rank {rank} of 4 (submitit): host node{1 + rank // 2}, pid " in done.stdout
-    assert "COMPLETED on node[1-2]" in status(slurm_net, place) and "stage  complete" in status(slurm_net, place)
+    assert "COMPLETED on node[1-2]" in status(slurm_net, place) and "state  complete" in status(slurm_net, place)
     several = json.loads((place / "runs/mine/summary.json").read_text())
     alone = trained(training_set(tmp_path_factory), tmp_path / "alone", of=TRAINING)
     one = json.loads((alone / "summary.json").read_text())

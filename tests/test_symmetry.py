@@ -9,7 +9,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from cryosplat.errors import InputError
-from cryosplat.symmetry import point_group
+from cryosplat.symmetry import fold, operators, point_group, split
 from cryosplat.volumes import read_map, write_map
 
 NAMES = ("C1", "C2", "C3", "C7", "D1", "D2", "D3", "D7", "T", "O", "I", "I1", "I2", "I3", "I4")
@@ -98,6 +98,32 @@ def test_a_map_with_the_symmetry_looks_the_same_from_r_and_from_r_s_but_not_from
         assert np.abs(seen(member @ view) - seen(view)).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "views"), [("C1", 1), ("C7", 7), ("C8", 2), ("D4", 1), ("D7", 7), ("T", 12), ("O", 1), ("I1", 5), ("I", 5)]
+)
+def test_a_group_splits_into_views_and_what_takes_a_grid_to_itself(name, views):
+    first, on_grid = split(point_group(name))
+    assert len(first) == views and np.array_equal(on_grid, on_grid.round())
+    products = (first[:, None] @ on_grid).reshape(-1, 3, 3)
+    assert len(products) == len(point_group(name)) and distance(products, point_group(name)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["C2", "D7", "O", "I"])
+def test_copies_of_a_position_fold_to_the_same_one(name):
+    group, positions = point_group(name), np.random.default_rng(0).normal(size=(50, 3))
+    folded = fold(positions, group)
+    for member in group:
+        np.testing.assert_allclose(fold(positions @ member.T, group), folded, atol=1e-9)
+    of_each = [
+        np.abs(group @ position - target).max(1).min() for position, target in zip(positions, folded, strict=True)
+    ]
+    assert max(of_each) < 1e-9  # each is a copy of its own
+
+
+def test_a_group_of_the_identity_alone_is_nothing_to_do():
+    assert operators("C1") is None and operators("D1").shape == (2, 3, 3)
+
+
 @pytest.mark.parametrize("name", ["C3", "D2", "T"])
 def test_entering_every_particle_in_all_views_r_s_averages_the_map_over_its_turned_copies(name):
     none, group = np.eye(3)[None], point_group(name)
@@ -132,10 +158,10 @@ def back_projection(rotations: np.ndarray, entered, box: int = 32, extent: float
 # RELION itself
 
 
-def relion(program: str, *arguments) -> str:
+def relion(program: str, *arguments, cwd=None) -> str:
     if shutil.which(program) is None:
         pytest.skip(f"needs {program} of RELION, which is not installed here")
-    ended = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    ended = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 

@@ -45,6 +45,10 @@ def test_the_error_of_a_resolution_is_the_spread_of_repeated_experiments(experim
     assert 0.6 < stated / spread < 1.6
 
 
+def test_copies_by_symmetry_are_not_independent():
+    assert_allclose(independent_voxels(16, spherical_mask(16), 7), independent_voxels(16, spherical_mask(16)) / 7)
+
+
 def test_voxels_are_counted_on_the_full_sphere():
     shells = np.rint(np.linalg.norm(np.indices((17, 17, 17)) - 8, axis=0)).astype(int)
     assert_allclose(voxels_in_shells(17), np.bincount(shells.ravel())[:9])

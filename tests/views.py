@@ -54,7 +54,7 @@ class Views:
         return back_project(self, ids, np.ones((2, self.box // 2 + 1)), world, symmetry, halves)
 
     def halves(self, symmetry: np.ndarray | None = None) -> tuple[LinearHalf, ...]:
-        return tuple(linear_half(sums, self.box) for sums in self.sums(symmetry))
+        return tuple(linear_half(sums, self.box, symmetry) for sums in self.sums(symmetry))
 
     def map(self) -> LinearHalf:
         """Of all views together."""
