@@ -138,28 +138,30 @@ def fill(kept: CachedImages, place: int, sharers: int) -> int:
         # A GPU prepares what arrives; CPUs are better used by as many threads as there are.
         return (kept.preparer.read_and_prepare if kept.preparer.on_cpu else kept.preparer.read)(ids)
 
-    for chunk, made in in_order(make, _claimed(chunks, place, sharers)):
-        if made is not None and chunks.kept:
-            ids = kept.ids[chunks.layout.places(chunk)]
-            _write(chunks, chunk, made if isinstance(made, Prepared) else kept.preparer.prepare(made, ids))
-            read += len(ids)
-        chunks.release(chunk)
+    left = [chunk for chunk in range(place, chunks.layout.chunks, sharers) if chunk < chunks.kept]
+    while left:
+        busy: list[int] = []
+        for chunk, made in in_order(make, _claimed(chunks, left, busy)):
+            if made is not None and chunks.kept:
+                ids = kept.ids[chunks.layout.places(chunk)]
+                _write(chunks, chunk, made if isinstance(made, Prepared) else kept.preparer.prepare(made, ids))
+                read += len(ids)
+            chunks.release(chunk)
+        if busy == left:
+            # Nothing else is claimed here, so no two processes can wait for each other.
+            chunks.claim(busy[0], wait=True)
+            chunks.release(busy[0])
+        left = [chunk for chunk in busy if chunk < chunks.kept]
     return read
 
 
-def _claimed(chunks: ChunkSet, place: int, sharers: int) -> Iterator[int]:
-    """This rank's share of the chunks, each claimed; those that others have claimed come last."""
-    later = []
-    for chunk in range(place, chunks.layout.chunks, sharers):
-        if chunk < chunks.kept and chunks.claim(chunk, wait=False):
+def _claimed(chunks: ChunkSet, wanted: list[int], busy: list[int]) -> Iterator[int]:
+    """Those of the ``wanted`` chunks that could be claimed; others, at which another process is, go into ``busy``."""
+    for chunk in wanted:
+        if chunks.claim(chunk, wait=False):
             yield chunk
         else:
-            later.append(chunk)
-    for chunk in later:
-        # Here again, as room may have gone while the first were written.
-        if chunk < chunks.kept:
-            chunks.claim(chunk, wait=True)
-            yield chunk
+            busy.append(chunk)
 
 
 def _write(chunks: ChunkSet, chunk: int, made: Prepared) -> None:

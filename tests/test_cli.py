@@ -80,6 +80,9 @@ def test_help_names_the_commands_without_waiting_for_pytorch():
         "simulate": ("--model", "--map", "--snr", "--ctf", "--poses", "--images", "--out"),
         "voxelise": ("--box", "--pixel-size", "--output", "--model"),
         "fsc": ("--mask",),
+        "status": ("RUN",),
+        "gaussians": ("RUN_OR_FILE", "--output", "--model"),
+        "compare": ("RUN", "--output"),
         "postprocess": ("--map", "--half1", "--mask", "--fsc", "--column", "--bfactor", "--fit-from", "--apply-mask"),
         "backproject": ("--config", "key=value", "--output", "--sym", "--halves", "--no-halves", "torchrun"),
         "inspect": ("FILE", "key=value", "--write", "--json"),
@@ -224,9 +227,10 @@ def test_a_run_leaves_all_its_products_and_nothing_half_written(reference_run):
     names = sorted(path.name for path in reference_run.iterdir())
     assert names == [
         "checkpoints", "config.yaml", "directional.png", "fsc.csv", "fsc.png", "fsc.xml", "fsc_half_maps.png",
-        "gaussians.npz", "gaussians.ply", "half_a.mrc", "half_b.mrc", "halves.npy", "linear.mrc", "loss.png", "map.mrc",
-        "mask.mrc", "metrics.csv", "mixture.mrc", "mixture_half_a.mrc", "mixture_half_b.mrc", "projections.png",
-        "run.log", "sections.png", "summary.json", "tensorboard", "viewing_directions.png",
+        "gaussians.cif", "gaussians.npz", "gaussians.ply", "half_a.mrc", "half_b.mrc", "halves.npy", "linear.mrc",
+        "loss.png", "map.mrc", "mask.mrc", "metrics.csv", "mixture.mrc", "mixture_half_a.mrc", "mixture_half_b.mrc",
+        "projections.png", "run.log", "sections.png", "summary.json", "tensorboard", "view.cxc",
+        "viewing_directions.png",
     ]  # fmt: skip
     assert all(path.stat().st_size for path in reference_run.rglob("*") if path.is_file() and path.name != "run.log")
     assert sorted(path.name for path in (reference_run / "checkpoints").iterdir()) == [

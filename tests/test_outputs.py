@@ -84,10 +84,10 @@ def run_dir(tmp_path_factory):
 
 def test_a_run_leaves_all_its_products_and_no_temporary_files(run_dir):
     assert sorted(path.name for path in run_dir.iterdir()) == [
-        "directional.png", "fsc.csv", "fsc.png", "fsc.xml", "fsc_half_maps.png", "gaussians.npz", "gaussians.ply",
-        "half_a.mrc", "half_b.mrc", "linear.mrc", "loss.png", "map.mrc", "mask.mrc", "mixture.mrc",
+        "directional.png", "fsc.csv", "fsc.png", "fsc.xml", "fsc_half_maps.png", "gaussians.cif", "gaussians.npz",
+        "gaussians.ply", "half_a.mrc", "half_b.mrc", "linear.mrc", "loss.png", "map.mrc", "mask.mrc", "mixture.mrc",
         "mixture_half_a.mrc", "mixture_half_b.mrc", "projections.png", "sections.png", "summary.json",
-        "viewing_directions.png",
+        "view.cxc", "viewing_directions.png",
     ]  # fmt: skip
 
 
@@ -261,7 +261,8 @@ def test_a_run_without_halves_truth_or_metrics_writes_what_it_has(tmp_path):
     )
     assert sorted(path.name for path in written) == sorted(path.name for path in tmp_path.iterdir())
     assert {path.name for path in written} == {
-        "map.mrc", "gaussians.npz", "gaussians.ply", "sections.png", "projections.png", "summary.json",
+        "map.mrc", "gaussians.cif", "gaussians.npz", "gaussians.ply", "sections.png", "projections.png",
+        "summary.json", "view.cxc",
     }  # fmt: skip
 
 

@@ -181,9 +181,11 @@ def test_files_of_gaussians_hold_the_whole_and_say_what_the_unit_is(c7):
 
 def test_training_image_by_image_knows_the_symmetry(stack_of, tmp_path):
     words = ("data.poses=null", "data.ctf=null", "data.check_sign=false", "data.check_signal=false", "data.first=60")
-    runs = {}
+    runs, longer = {}, ("train.epochs=10",)
     for symmetry in ("C1", "D7"):
-        run = trained(stack_of("D7"), tmp_path / symmetry, *words, f"model.symmetry={symmetry}", "model.gaussians=1120")
+        run = trained(
+            stack_of("D7"), tmp_path / symmetry, *words, f"model.symmetry={symmetry}", "model.gaussians=1120", *longer
+        )
         runs[symmetry] = summary_of(run)
     assert runs["D7"]["gaussians"] == runs["C1"]["gaussians"] == 1120
     assert runs["D7"]["fsc_mixture_truth_mean"] > runs["C1"]["fsc_mixture_truth_mean"] + 0.05
