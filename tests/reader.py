@@ -22,7 +22,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from cryosplat import cli, train
+from cryosplat import cli, figures, train
 from cryosplat.images import logging_untouched
 from cryosplat.unpickle import read_pickle
 
@@ -45,6 +45,9 @@ STAND_IN = "simulate --box 32 --pixel-size 8 --images 64 --seed 1 --out standin"
 SMALL_RUN = "model.scale=0.03 model.scale_min=0.02 train.threads=1 data.check_signal=false".split()
 """Settings of every training command here; Gaussians at least as wide as 0.6 px, so that their sums are right. The few
 images of the stand-in do not show a molecule."""
+
+LOOKED_INTO = {"run_dir=runs/two"}
+"""Settings of runs that tests look into, beside those of configurations as they stand."""
 
 KNOWN = "data.truth={folder}/standin/truth.mrc data.mask={folder}/standin/mask.mrc"
 """And of those on the stand-in's own grid."""
@@ -115,7 +118,9 @@ class Desk:
             command = command.replace(large, small)
         words = shlex.split(command)
         if words[:2] == ["cryosplat", "train"]:
-            return cli.main([*words[1:], *self.small(words)])
+            return self.train(words[2:], self.small(words))
+        if words[:2] == ["cryosplat", "inspect"] and Path(words[2]).name in PAPER_SETS:
+            return cli.main([*words[1:], "data.box=24"])
         if words[0] == "cryosplat":
             return cli.main(words[1:])
         if "cryosplat.train" in words and words[0] == "torchrun" and not self.torchrun_tried:
@@ -123,7 +128,7 @@ class Desk:
             words += self.small(words)
             return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if "cryosplat.train" in words and words[0] in ("torchrun", "python"):
-            return train.main([*words[words.index("cryosplat.train") + 1 :], *self.small(words)])
+            return self.train(words[words.index("cryosplat.train") + 1 :], self.small(words))
         if words[:2] == ["python", "launch/submit.py"]:
             return self.submit(words[2:])
         if words[0] == "python" and words[1].endswith(".py"):
@@ -136,17 +141,25 @@ class Desk:
             self.parsed[command] = read_pickle(written)
         return 0
 
+    def train(self, words: list[str], more: list[str]) -> int:
+        """Train in this process; without drawing, where no test looks at the run."""
+        if LOOKED_INTO.intersection(words) or not any(word.startswith("run_dir=") for word in words):
+            return train.main([*words, *more])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(figures, "rasterise", lambda *_: np.zeros((8, 8, 3), np.uint8))
+            patch.setattr(figures, "save", lambda figure, path, *_, **__: Path(path).touch())
+            return train.main([*words, *more])
+
     def small(self, words: list[str]) -> list[str]:
         """What is added to a training command."""
         on_stand_in_of_paper = not set(PAPER_SETS).isdisjoint(words)
         cropped = any(word.startswith("data.box=") for word in words)
-        short = ["maps.every=5"] if "recipe=images" in words else ["volume.steps=10"]
-        if cropped or on_stand_in_of_paper:
-            return SMALL_RUN + short + (["data.box=24"] if not cropped else [])
-        looked_into = any(word in ("runs/my", "run_dir=runs/two") for word in words) or "run_dir=" not in " ".join(
-            words
-        )
-        return SMALL_RUN + KNOWN.format(folder=self.folder).split() + ([] if looked_into else short)
+        added = [] if cropped or not on_stand_in_of_paper else ["data.box=24"]
+        if not cropped and not on_stand_in_of_paper:
+            added += KNOWN.format(folder=self.folder).split()
+        if any(word.startswith("run_dir=") for word in words) and not LOOKED_INTO.intersection(words):
+            added += ["maps.every=5"] if "recipe=images" in words else ["volume.steps=10"]
+        return SMALL_RUN + added
 
     def submit(self, words: list[str]) -> int:
         """Check a job as it stands, without submitting it; if it is to be submitted, do its work here, once."""
@@ -155,7 +168,8 @@ class Desk:
         if status or {"--dry-run", "--array", "--follow", "--slurm"}.intersection(words):
             return status
         settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)?=", word)]
-        return train.main(["--config", words[words.index("--config") + 1], *settings, *small])
+        config = words[words.index("--config") + 1]
+        return self.train(["--config", config, *settings], small)
 
     def fetch(self, words: list[str]) -> int:
         """Lay a stand-in out where a download would leave it; move files."""
