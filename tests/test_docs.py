@@ -33,6 +33,7 @@ FOLLOWED = [page for page in PAGES if page != CLUSTER]
 LISTED = {
     "make demo": "installs and trains for minutes; run by hand from a fresh clone",
     "make test": "runs this test; .ci/run calls it",
+    "make docs": "tests/test_site.py does it",
     "make lint": "checks style, not behaviour; run before every commit",
     "make venv": "the first step of make test",
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv": "a download",
