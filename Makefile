@@ -2,6 +2,7 @@
 # make test    set up and run the tests; as root on Debian or Ubuntu it installs Slurm, which some of them need
 # make venv    set up only: .venv with the package, its dependencies and the compiled core
 # make lint    check style
+# make docs    the documents as a site in build/docs, every link in it checked; needs no network once all is installed
 # make gpu-wheels   collect in build/wheels what a GPU machine without network lacks, for GPU_PYTHON=3.12 there
 # make gpu-checks   on a GPU machine: every check and measurement there is, into GPU_OUT=runs/gpu-checks; needs no venv
 #                   (GPU_ARGS="--only 3 5 --budget 560" for some of them; python -m benchmarks.gpu_checks --help)
@@ -24,7 +25,7 @@ WHEELS := build/wheels
 CARRIED := cryodrgn gemmi iniconfig mrcfile omegaconf plyfile pluggy pytest setuptools starfile submitit
 PLATFORMS := $(patsubst %,--platform %_x86_64,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014)
 
-.PHONY: help demo test venv lint gpu-wheels gpu-checks clean
+.PHONY: help demo test venv lint docs gpu-wheels gpu-checks clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -45,6 +46,11 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# From the checkout, not from docs/: pages link to files beside it, as they do on GitHub.
+docs: venv
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
+	@echo "build/docs/index.html"
+
 gpu-wheels: venv
 	rm -rf $(WHEELS)
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
@@ -62,7 +68,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "$(PYTHON) cannot make environments; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,docs]'
 	@touch $@
 
 # Compiles only what has changed since the installation.

@@ -16,12 +16,13 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import empiar
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from cryosplat import cli, train
+from cryosplat import cli, figures, train
 from cryosplat.images import logging_untouched
 from cryosplat.unpickle import read_pickle
 
@@ -29,18 +30,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SMALLER = {
     "--nproc-per-node 4": "--nproc-per-node 2",
-    "postprocess runs/my": "postprocess runs/my --fit-from 100",  # of 8 A/px
+    "postprocess runs/": "postprocess --fit-from 100 runs/",  # of 8 A/px
     "--box 128 --pixel-size 2 --images 5000": "--box 32 --pixel-size 8 --images 20",
+    "data.box=64": "data.box=24",
+    "downsample": "downsample -D 24",
+    "-D 256": "",
 }
 """What is changed in commands, so that a test can wait for them."""
 
+PAPER_SETS = ("10028.yaml", "10049.yaml", "10076.yaml", "10180.yaml")
+"""Configurations of the paper's data sets, of which there are stand-ins of 32 px."""
+
 STAND_IN = "simulate --box 32 --pixel-size 8 --images 64 --seed 1 --out standin".split()
-SMALL_RUN = (
-    "model.scale=0.03 model.scale_min=0.02 train.threads=1 data.truth=standin/truth.mrc data.mask=standin/mask.mrc "
-    "data.check_signal=false"
-).split()
+SMALL_RUN = "model.scale=0.03 model.scale_min=0.02 train.threads=1 data.check_signal=false".split()
 """Settings of every training command here; Gaussians at least as wide as 0.6 px, so that their sums are right. The few
 images of the stand-in do not show a molecule."""
+
+LOOKED_INTO = {"run_dir=runs/two"}
+"""Settings of runs that tests look into, beside those of configurations as they stand."""
+
+KNOWN = "data.truth={folder}/standin/truth.mrc data.mask={folder}/standin/mask.mrc"
+"""And of those on the stand-in's own grid."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -108,18 +118,70 @@ class Desk:
             command = command.replace(large, small)
         words = shlex.split(command)
         if words[:2] == ["cryosplat", "train"]:
-            return cli.main([*words[1:], *SMALL_RUN])
+            return self.train(words[2:], self.small(words))
+        if words[:2] == ["cryosplat", "inspect"] and Path(words[2]).name in PAPER_SETS:
+            return cli.main([*words[1:], "data.box=24"])
         if words[0] == "cryosplat":
             return cli.main(words[1:])
         if "cryosplat.train" in words and words[0] == "torchrun" and not self.torchrun_tried:
             self.torchrun_tried = True  # once for real: starting processes takes long
-            return subprocess.run([*words, *SMALL_RUN], env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+            words += self.small(words)
+            return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if "cryosplat.train" in words and words[0] in ("torchrun", "python"):
-            return train.main([*words[words.index("cryosplat.train") + 1 :], *SMALL_RUN])
+            return self.train(words[words.index("cryosplat.train") + 1 :], self.small(words))
+        if words[:2] == ["python", "launch/submit.py"]:
+            return self.submit(words[2:])
         if words[0] == "python" and words[1].endswith(".py"):
-            return run_script(*words[1:], *([] if "--dry-run" in words else ["--dry-run"]))
+            return run_script(*words[1:])
+        if words[0] in ("git", "wget", "mv"):
+            return self.fetch(words)
         assert words[0] == "cryodrgn", f"neither listed with a reason in LISTED nor known how to run: {command}"
-        self.parsed[command] = run_cryodrgn(*words[1:])
+        written = run_cryodrgn(*words[1:])
+        if written.suffix == ".pkl":
+            self.parsed[command] = read_pickle(written)
+        return 0
+
+    def train(self, words: list[str], more: list[str]) -> int:
+        """Train in this process; without drawing, where no test looks at the run."""
+        if LOOKED_INTO.intersection(words) or not any(word.startswith("run_dir=") for word in words):
+            return train.main([*words, *more])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(figures, "rasterise", lambda *_: np.zeros((8, 8, 3), np.uint8))
+            patch.setattr(figures, "save", lambda figure, path, *_, **__: Path(path).touch())
+            return train.main([*words, *more])
+
+    def small(self, words: list[str]) -> list[str]:
+        """What is added to a training command."""
+        on_stand_in_of_paper = not set(PAPER_SETS).isdisjoint(words)
+        cropped = any(word.startswith("data.box=") for word in words)
+        added = [] if cropped or not on_stand_in_of_paper else ["data.box=24"]
+        if not cropped and not on_stand_in_of_paper:
+            added += KNOWN.format(folder=self.folder).split()
+        if any(word.startswith("run_dir=") for word in words) and not LOOKED_INTO.intersection(words):
+            added += ["maps.every=5"] if "recipe=images" in words else ["volume.steps=10"]
+        return SMALL_RUN + added
+
+    def submit(self, words: list[str]) -> int:
+        """Check a job as it stands, without submitting it; if it is to be submitted, do its work here, once."""
+        small = self.small(words)
+        status = run_script("launch/submit.py", *words, *small, *([] if "--dry-run" in words else ["--dry-run"]))
+        if status or {"--dry-run", "--array", "--follow", "--slurm"}.intersection(words):
+            return status
+        settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)?=", word)]
+        config = words[words.index("--config") + 1]
+        return self.train(["--config", config, *settings], small)
+
+    def fetch(self, words: list[str]) -> int:
+        """Lay a stand-in out where a download would leave it; move files."""
+        stack, repository = self.folder / "standin", self.folder / "cryodrgn_empiar"
+        if words[0] == "mv":
+            return subprocess.run(words).returncode
+        if words[0] == "git":
+            empiar.clone_repository(stack, self.folder / Path(words[-1]).name, write_cs)
+        else:
+            number = re.search(r"/world_availability/(\d+)/data/$", words[-1]).group(1)
+            assert words[words.index("-P") + 1] == repository.name and "--cut-dirs=2" in words
+            empiar.fetch_entry(number, stack, repository)
         return 0
 
 
@@ -134,14 +196,14 @@ def run_script(script: str, *arguments: str) -> int:
     return 0
 
 
-def run_cryodrgn(name: str, *arguments: str) -> object:
-    """A command of cryodrgn, in this process; returns what it wrote."""
+def run_cryodrgn(name: str, *arguments: str) -> Path:
+    """A command of cryodrgn, in this process; returns the file that it was to write."""
     with logging_untouched():
         module = importlib.import_module(f"cryodrgn.commands.{name}")
     parser = argparse.ArgumentParser()
     module.add_args(parser)
     module.main(parser.parse_args(arguments))
-    return read_pickle(arguments[arguments.index("-o") + 1])
+    return Path(arguments[arguments.index("-o") + 1])
 
 
 def lay_out(folder: Path) -> None:
@@ -151,12 +213,22 @@ def lay_out(folder: Path) -> None:
     assert cli.main(STAND_IN) == 0
     for name in ("particles.star", "particles.mrcs"):
         shutil.copy(folder / "standin" / name, folder)
+    lay_out_project(folder / "project", folder / "standin")
     shutil.copy(folder / "standin/truth.mrc", folder / "consensus.mrc")
     write_cs(folder / "particles.cs", folder / "standin")
     sbatch = folder / "bin/sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text('#!/bin/sh\n[ "$1" = --test-only ]\n')  # takes any job, and submits none
     sbatch.chmod(0o755)
+
+
+def lay_out_project(project: Path, stack: Path) -> None:
+    """A RELION project with the stack's particles: names of images are relative to its folder."""
+    for name in ("Refine3D/job012", "Extract/job007"):
+        (project / name).mkdir(parents=True)
+    shutil.copy(stack / "particles.mrcs", project / "Extract/job007")
+    rows = (stack / "particles.star").read_text().replace("@particles.mrcs", "@Extract/job007/particles.mrcs")
+    (project / "Refine3D/job012/run_data.star").write_text(rows)
 
 
 def write_cs(path: Path, stack: Path) -> None:

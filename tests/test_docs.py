@@ -19,29 +19,35 @@ from reader import ROOT, SMALLER, Desk, blocks, commands, lay_out, names, progra
 
 from cryosplat.config import load_config
 from cryosplat.metrics import COLUMNS, read_volume_fit
+from cryosplat.scores import NUMBERS
 from cryosplat.settings import RECIPES, Config
 from cryosplat.unpickle import read_pickle
 
-PAGES = [ROOT / name for name in ("README.md", "docs/formats.md", "docs/operations.md")]
+PAGES = [ROOT / name for name in ("README.md", "docs/formats.md", "docs/operations.md", "docs/empiar.md")]
 PAGES += sorted({ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")} - set(PAGES))
 FORMATS, OPERATIONS = ROOT / "docs/formats.md", ROOT / "docs/operations.md"
-CLUSTER = ROOT / "docs/cluster.md"
+CLUSTER, TROUBLE = ROOT / "docs/cluster.md", ROOT / "docs/troubleshooting.md"
 FOLLOWED = [page for page in PAGES if page != CLUSTER]
 """Pages whose commands this test runs; those of the other are run on a real Slurm by tests/test_slurm_launch.py."""
 
 LISTED = {
     "make demo": "installs and trains for minutes; run by hand from a fresh clone",
     "make test": "runs this test; .ci/run calls it",
+    "make docs": "tests/test_site.py does it",
     "make lint": "checks style, not behaviour; run before every commit",
     "make venv": "the first step of make test",
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv": "a download",
     "CUDA_HOME=/usr/local/cuda-12.8 CRYOSPLAT_CUDA_ARCH=90 make venv": "needs that toolkit",
     "python csrc/resources.py --show 'build/core.*/cuda_resources.json'": "tests/test_build.py does it",
-    "pip install .": "a download; tests/test_build.py builds the wheel",
     "pip install -e .": "a download; the Makefile's own step",
     "sudo apt-get install g++ make python3-venv python3-dev": "changes the machine",
     "source .venv/bin/activate": "changes the shell; what follows here runs in that environment anyway",
     "cryosplat validate runs/my": "trains six times over; tests/test_validation.py does it to smaller runs",
+    "cryosplat validate runs/mine": "as above",
+    "cryosplat validate runs/10028": "as above",
+    "cryosplat validate runs/10049": "as above",
+    "cryosplat validate runs/10076": "as above",
+    "cryosplat validate runs/10180": "as above",
     "cryosplat validate runs/my --tests phases,holdout --processes 8": "as above",
     "torchrun --standalone --nproc-per-node 4 -m cryosplat.cli backproject --config my.yaml -o linear_by_four": "tests/"
     "test_backprojectcommand.py does it",
@@ -49,7 +55,6 @@ LISTED = {
     "to a disk of a node; tests/test_cache.py does it elsewhere",
     "python -m pytest -q tests/test_ctf.py": "runs with all other tests",
     "tensorboard --logdir runs": "a server without an end",
-    "tensorboard --logdir runs/my/tensorboard": "a server without an end",
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 1 --rdzv-endpoint first-host:12345 "
     "-m cryosplat.train --config my.yaml": "needs two machines",
 }
@@ -132,7 +137,9 @@ def test_every_link_leads_somewhere(page, link):
 def test_every_source_file_named_is_there(page):
     text = page.read_text()
     folders = "cryosplat|csrc|launch|slurm|configs|tests|benchmarks|docs"
-    missing = [name for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", text) if not (ROOT / name).exists()]
+    columns_of_cs = {f"cryosplat/{name}" for name in NUMBERS}
+    missing = set(re.findall(rf"`((?:{folders})/[\w./-]*)`", text)) - columns_of_cs
+    missing = [name for name in missing if not (ROOT / name).exists()]
     sources = {path.name for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)}
     missing += [name for name in re.findall(r"`(\w+\.py)`", text) if name not in sources]
     assert not missing
@@ -280,7 +287,7 @@ def test_every_tensorboard_tag_is_explained(desk):
 
 def literals() -> list[str]:
     """Every string in the sources, with … for what is put in."""
-    found = []
+    found = [(ROOT / "Makefile").read_text()]
     for path in [*(ROOT / "cryosplat").glob("*.py"), *(ROOT / "launch").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
@@ -295,8 +302,9 @@ def test_the_messages_explained_are_those_of_the_program():
     quoted = [row[0].strip("`") for row in table(OPERATIONS, "## Messages")]
     failures = CLUSTER.read_text().partition("What the program says:")[2].partition("What Slurm says:")[0]
     of_clusters = re.findall(r"^\| `([^`]+)` \|", failures, re.MULTILINE)
-    assert len(of_clusters) > 10
-    quoted += of_clusters
+    first_met = re.findall(r"^\*\*`(.+?)`\*\*", TROUBLE.read_text().replace(", **`", "\n**`"), re.MULTILINE)
+    assert len(of_clusters) > 10 and len(first_met) > 20
+    quoted += of_clusters + first_met
     unknown = [message for message in quoted if not any(message in string for string in strings)]
     assert len(quoted) > 20 and not unknown
 

@@ -58,7 +58,7 @@ def example() -> dict[str, list[float]]:
             total(0.5, 0.5),
         ],
         "the same of 0.3 px": [total(0.3, 0), total(0.3, 0.5)],
-        **example_ctf(box, pixel_size_a),
+        **example_ctf(box, pixel_size_a, torch.fft.rfft2(image, norm="ortho")[3, 4]),
     }
 
 
@@ -101,7 +101,7 @@ def total(scale_px: float, offset_px: float) -> float:
     return float(splat(mean, covariance, one, *pose, torch.zeros(1, dtype=torch.long), 16, 8.0).sum())
 
 
-def example_ctf(box: int, pixel_size_a: float) -> dict[str, list[float]]:
+def example_ctf(box: int, pixel_size_a: float, transform: torch.Tensor) -> dict[str, list[float]]:
     u, v, angle, volts = 12000.0, 11000.0, math.radians(30), 300e3
     ctf = ctf_image(torch.tensor([[u, v, angle, 300.0, 2.7, 0.1, 0.0]], dtype=torch.float64), box, pixel_size_a)[0]
     direction = math.atan2(3, 4)
@@ -111,6 +111,11 @@ def example_ctf(box: int, pixel_size_a: float) -> dict[str, list[float]]:
         "frequency of kx = 4, ky = 3 (1/A)": [math.hypot(4, 3) / (box * pixel_size_a)],
         "defocus in that direction (A)": [(u + v + (u - v) * math.cos(2 * (direction - angle))) / 2],
         "CTF at kx = 4, ky = 3": [float(ctf[3, 4])],
+        "transform of the image at kx = 4, ky = 3, real and imaginary part": [
+            float(transform.real),
+            float(transform.imag),
+        ],
+        "the same times the CTF": [float(ctf[3, 4] * transform.real), float(ctf[3, 4] * transform.imag)],
     }
 
 
