@@ -4,6 +4,7 @@ Nothing here depends on halves, sign, poses or other images, so what comes out c
 ``digest`` of the optics, which corrects images for aberrations and undoes what was done with their CTF.
 """
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,27 @@ class Prepared:
         return Prepared(*(of_all[places] for of_all in (self.spectra, self.deviation, self.fingerprint, self.power)))
 
 
+class _Workspace:
+    """Arrays that images are prepared in. Those of a thread are used again: to be given memory and to give it back cost
+    as much as the transforms did, in page faults (benchmarks/data.md)."""
+
+    def __init__(self, count: int, box: int, corners: int, device: torch.device):
+        half = (count, box, box // 2 + 1)
+        self.raw = np.empty((count, box, box), np.float32) if device.type == "cpu" else None
+        self.background = torch.empty(count, corners, device=device)
+        self.images, self.masked = torch.empty(2, count, box, box, device=device)
+        self.spectra = torch.empty(half, dtype=torch.complex64, device=device)
+        self.numbers = torch.empty(2 * self.spectra.numel(), device=device)
+
+    def part(self, count: int) -> "_Workspace":
+        """The first ``count`` of each."""
+        if count == len(self.images):
+            return self
+        part = object.__new__(_Workspace)
+        part.__dict__ = {name: array[:count] for name, array in self.__dict__.items()} | {"numbers": self.numbers}
+        return part
+
+
 class Preparer:
     """Prepares images of a table.
 
@@ -74,6 +96,7 @@ class Preparer:
         self._at_corners = self._corners.flatten().nonzero()[:, 0]
         shells, shell_size = shells_of(table.box)
         self._shells, self.shells = torch.from_numpy(shells.ravel()).to(self.device), len(shell_size)
+        self._of_thread = threading.local()
 
     @property
     def on_cpu(self) -> bool:
@@ -97,7 +120,14 @@ class Preparer:
 
     def read_and_prepare(self, ids: np.ndarray) -> Prepared:
         """Both, one after the other."""
-        return self.prepare(self.read(ids), ids)
+        if not self.on_cpu:
+            return self.prepare(self.read(ids), ids)
+        made = self._unmade(len(ids))
+        for start in range(0, len(ids), IMAGES_AT_ONCE):
+            part = slice(start, start + IMAGES_AT_ONCE)
+            raw = self._workspace(len(ids[part])).raw
+            self._prepare(self._table.read(ids[part], raw), ids[part], made.part(part))
+        return made
 
     def prepare(self, raw: np.ndarray, ids: np.ndarray) -> Prepared:
         """Prepare images (n, D, D), float32, of the particles ``ids`` (n,).
@@ -105,54 +135,74 @@ class Preparer:
         Raises:
             InputError: a non-finite or constant image, or one too bright for half precision (named).
         """
-        made = Prepared(
-            torch.empty(len(ids), *self.shape, dtype=self.dtype, device=self.device),
-            np.empty(len(ids)),
-            np.empty((len(ids), NUMBERS)),
-            np.empty((len(ids), self.shells), dtype=np.float32),
-        )
+        made = self._unmade(len(ids))
         at_once = IMAGES_AT_ONCE if self.on_cpu else len(ids)
         for start in range(0, len(ids), at_once):
             part = slice(start, start + at_once)
             self._prepare(raw[part], ids[part], made.part(part))
         return made
 
+    def _unmade(self, count: int) -> Prepared:
+        return Prepared(
+            torch.empty(count, *self.shape, dtype=self.dtype, device=self.device),
+            np.empty(count),
+            np.empty((count, NUMBERS)),
+            np.empty((count, self.shells), dtype=np.float32),
+        )
+
+    def _workspace(self, count: int) -> "_Workspace":
+        """Room for ``count`` images; on a CPU the same for every call of a thread."""
+        if not self.on_cpu:
+            return _Workspace(count, self._table.box, len(self._at_corners), self.device)
+        kept = getattr(self._of_thread, "workspace", None)
+        if kept is None:
+            kept = _Workspace(IMAGES_AT_ONCE, self._table.box, len(self._at_corners), self.device)
+            self._of_thread.workspace = kept
+        return kept.part(count)
+
     def _prepare(self, raw: np.ndarray, ids: np.ndarray, made: Prepared) -> None:
+        work = self._workspace(len(ids))
         images = torch.from_numpy(raw).to(self.device)
         if not bool(torch.isfinite(images.sum())):  # or so large that the sum is not
             self._table.require_finite(raw, ids)
         optics = self._table.optics
         if optics is not None:
             images = optics.restored(images, ids, self._table.ctf)
-        background = images.flatten(1).index_select(1, self._at_corners)
+        background = torch.index_select(images.flatten(1), 1, self._at_corners, out=work.background)
         mean = background.mean(-1)
         deviation = torch.linalg.vector_norm(background.sub_(mean[:, None]), dim=-1).double()
         deviation /= (background.shape[1] - 1) ** 0.5
         self._require(deviation > LEAST_DEVIATION * mean.abs(), ids, _CONSTANT)
         # The noise level divides what comes out: fewer numbers, and it commutes with all that is done here.
-        images, gain = images - mean[:, None, None], 1 / deviation
-        noise = torch.view_as_real(torch.fft.rfft2(images * self._corners, norm="ortho"))
-        power = torch.addcmul(noise[..., 0].square(), noise[..., 1], noise[..., 1]).flatten(1)
-        power = power.new_zeros(len(ids), self.shells).index_add_(1, self._shells, power)
-        spectra = torch.fft.rfft2(images, norm="ortho")
+        images, gain = torch.sub(images, mean[:, None, None], out=work.images), 1 / deviation
+        power = self._noise_power(images, work)
+        spectra = torch.fft.rfft2(images, norm="ortho", out=work.spectra)
         if optics is not None:
             spectra = optics.corrected(spectra, ids)
         spectra = torch.view_as_real(fourier_crop(spectra, self._box)).mul_(gain.float()[:, None, None, None])
-        self._require_range(spectra, ids)
+        self._require_range(spectra, ids, work)
         made.spectra.copy_(spectra)
         made.deviation[:] = deviation.cpu().numpy()
         made.fingerprint[:] = (fingerprint(images) * gain[:, None]).cpu().numpy()
         made.power[:] = (power * (gain.square() / self._corners.double().mean())[:, None]).cpu().numpy()
+
+    def _noise_power(self, images: Tensor, work: "_Workspace") -> Tensor:
+        """Power (n, S), summed over shells, of the images' corners alone."""
+        masked = torch.mul(images, self._corners, out=work.masked)
+        noise = torch.view_as_real(torch.fft.rfft2(masked, norm="ortho", out=work.spectra))
+        power = work.numbers[: noise.numel() // 2].view(noise.shape[:-1])
+        power = torch.square(noise[..., 0], out=power).addcmul_(noise[..., 1], noise[..., 1]).flatten(1)
+        return power.new_zeros(len(power), self.shells).index_add_(1, self._shells, power)
 
     def _require(self, good: Tensor, ids: np.ndarray, otherwise: str) -> None:
         if not bool(good.all()):
             first = int(ids[int((~good).nonzero()[0])])
             raise InputError(f"{self._table.location(first)}: {otherwise}")
 
-    def _require_range(self, pairs: Tensor, ids: np.ndarray) -> None:
+    def _require_range(self, pairs: Tensor, ids: np.ndarray, work: "_Workspace") -> None:
         if self.dtype != torch.float16:
             return
-        largest = pairs.abs().amax((1, 2, 3))
+        largest = torch.abs(pairs, out=work.numbers[: pairs.numel()].view(pairs.shape)).amax((1, 2, 3))
         self._require(
             largest <= HALF_PRECISION_MAX,
             ids,

@@ -122,17 +122,20 @@ class ImageReader:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
+    def read(self, ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Raw pixels, float32 (n, D, D), of the particles ``ids`` (n,) in their order.
 
         Each stack is read once, in the order of its images; neighbours on disk
         in one piece.
 
+        Args:
+            out: (n, D, D) float32 to read into and return; None: a new array.
+
         Raises:
             InputError: a stack has vanished or shrunk since it was checked.
         """
         ids = np.asarray(ids, dtype=np.int64)
-        images = np.empty((len(ids), self.box, self.box), dtype=np.float32)
+        images = np.empty((len(ids), self.box, self.box), dtype=np.float32) if out is None else out
         if not len(ids):
             return images
         stack, slices = self.stack[ids], self.slices[ids]

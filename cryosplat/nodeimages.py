@@ -131,21 +131,22 @@ def fill(kept: CachedImages, place: int, sharers: int) -> int:
     """
     chunks, read = kept.chunks, 0
 
-    def make(chunk: int) -> Prepared | np.ndarray | None:
-        if chunks.is_good(chunk):
-            return None
+    def make(chunk: int) -> int | np.ndarray:
+        """All of it, and how many images that were; for a GPU, which prepares what arrives, their pixels."""
         ids = kept.ids[chunks.layout.places(chunk)]
-        # A GPU prepares what arrives; CPUs are better used by as many threads as there are.
-        return (kept.preparer.read_and_prepare if kept.preparer.on_cpu else kept.preparer.read)(ids)
+        if not chunks.kept or chunks.is_good(chunk):
+            return 0
+        if not kept.preparer.on_cpu:
+            return kept.preparer.read(ids)
+        return _write(chunks, chunk, kept.preparer.read_and_prepare(ids))
 
     left = [chunk for chunk in range(place, chunks.layout.chunks, sharers) if chunk < chunks.kept]
     while left:
         busy: list[int] = []
         for chunk, made in in_order(make, _claimed(chunks, left, busy)):
-            if made is not None and chunks.kept:
-                ids = kept.ids[chunks.layout.places(chunk)]
-                _write(chunks, chunk, made if isinstance(made, Prepared) else kept.preparer.prepare(made, ids))
-                read += len(ids)
+            if not isinstance(made, int):
+                made = _write(chunks, chunk, kept.preparer.prepare(made, kept.ids[chunks.layout.places(chunk)]))
+            read += made
             chunks.release(chunk)
         if busy == left:
             # Nothing else is claimed here, so no two processes can wait for each other.
@@ -164,14 +165,18 @@ def _claimed(chunks: ChunkSet, wanted: list[int], busy: list[int]) -> Iterator[i
             busy.append(chunk)
 
 
-def _write(chunks: ChunkSet, chunk: int, made: Prepared) -> None:
-    """Or, if the disk is full, say so once and keep no more."""
+def _write(chunks: ChunkSet, chunk: int, made: Prepared) -> int:
+    """How many images were made; if the disk is full, say so once and keep no more."""
     try:
-        chunks.write(chunk, made)
+        if chunks.kept:
+            chunks.write(chunk, made)
     except OSError as error:
+        if not chunks.kept:  # another thread has said it
+            return len(made.deviation)
         chunks.kept = 0
         logger.warning(
             "%s: %s: the cache keeps what it has; other images are read from their stacks and prepared again whenever "
             "they are needed, which is slow. Make room there, or name another folder with cache.dir",
             *(chunks.folder, error.strerror or error),
         )
+    return len(made.deviation)

@@ -80,9 +80,9 @@ class ParticleTable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        """Raw pixels of the particles ``ids`` (n,), float32 (n, D, D); fastest for ids in order."""
-        return self.images.read(ids)
+    def read(self, ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Raw pixels of the particles ``ids`` (n,), float32 (n, D, D), in ``out`` if given; fastest in file order."""
+        return self.images.read(ids, out)
 
     def with_copies_together(self, same: np.ndarray) -> "ParticleTable":
         """The same particles, copies of an image all in one half and all held out or none.

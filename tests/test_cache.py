@@ -64,7 +64,9 @@ def read(table, folder, *words, where="disk"):
 def reads(monkeypatch):
     """Ids of the images that were read from stacks so far."""
     found, plain = [], ImageReader.read
-    monkeypatch.setattr(ImageReader, "read", lambda self, ids: found.extend(ids.tolist()) or plain(self, ids))
+    monkeypatch.setattr(
+        ImageReader, "read", lambda self, ids, out=None: found.extend(ids.tolist()) or plain(self, ids, out)
+    )
     return found
 
 
