@@ -23,11 +23,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import floors
 from benchmarks.machine import Machine, describe, measure_machine
 from benchmarks.ops import CUTOFF, PIXEL_SIZE_A, SIZES
+from cryosplat.costs import peak_memory_gib
 from cryosplat.dataset import ParticleDataset
 from cryosplat.distributed import World, sum_arrays
 from cryosplat.files import atomic_path
 from cryosplat.gaussians import GaussianMixture
-from cryosplat.monitor import peak_memory_gib
 from cryosplat.particles import ParticleTable
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
 from cryosplat.sampling import BatchPlan
@@ -64,6 +64,10 @@ class NoiseImages:
         """(n, D, D) float32."""
         pixels = np.random.default_rng(0).standard_normal((16, self.box, self.box), dtype=np.float32)
         return pixels[np.asarray(ids) % 16]
+
+    def in_file_order(self, ids: np.ndarray) -> np.ndarray:
+        """Any order is."""
+        return ids
 
     def require_finite(self, images: np.ndarray, ids: np.ndarray) -> None:
         """They are."""

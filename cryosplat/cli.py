@@ -177,6 +177,13 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=validation.run)
 
 
+def _report(parser: argparse.ArgumentParser) -> None:
+    from cryosplat import report
+
+    report.add_arguments(parser)
+    parser.set_defaults(run=report.run)
+
+
 def _status(parser: argparse.ArgumentParser) -> None:
     from cryosplat import status
 
@@ -212,6 +219,7 @@ _COMMANDS = {
     "train": ("reconstruct a particle stack", _train),
     "status": ("what runs are doing now", _status),
     "validate": ("say what a run's resolution is worth, by null tests", _validate),
+    "report": ("a run on one HTML page", _report),
     "backproject": ("linear maps of a particle stack", _backproject),
     "simulate": ("make a particle stack with known truth", _simulate),
     "voxelise": ("map of a Gaussian mixture", _voxelise),

@@ -150,7 +150,7 @@ SIDE_VIEWS_EVENNESS = 0.81
 _VIEWS_AT_MOST, _BAND = 20_000, 0.08
 
 
-def view_evenness(rotations: np.ndarray, number: int = 300) -> float:
+def view_evenness(rotations: np.ndarray, operators: np.ndarray | None = None, number: int = 300) -> float:
     """How evenly the views sample Fourier space: about the SCF of Baldwin & Lyumkin (Prog. Biophys. Mol. Biol. 150
     (2020) 160), the harmonic over the arithmetic mean of the sampling over directions.
 
@@ -159,9 +159,13 @@ def view_evenness(rotations: np.ndarray, number: int = 300) -> float:
 
     Args:
         rotations: (N, 3, 3), ``x_image = R x_volume``; of more than 20,000, that many spread over all.
+        operators: (K, 3, 3) of a point group, by each of which an image is also one of the molecule; None: none.
         number: directions.
     """
     views = viewing_directions(rotations)
-    views = views[:: -(-len(views) // _VIEWS_AT_MOST)]
+    copies = 1 if operators is None else len(operators)
+    views = views[:: -(-len(views) * copies // _VIEWS_AT_MOST)]
+    if operators is not None:
+        views = np.einsum("kij,nj->nki", operators, views).reshape(-1, 3)
     sampled = (np.abs(directions_on_half_sphere(number) @ views.T) < _BAND).sum(1)
     return float(1 / (np.mean(1 / np.maximum(sampled, 0.5)) * np.mean(np.maximum(sampled, 0.5))))

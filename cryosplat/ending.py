@@ -1,5 +1,6 @@
 """The last words of a run: what came out, what it is worth, where it lies."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ def ending(summary: dict[str, Any]) -> str:
     counts = f"{summary['gaussians']:,}" + (
         f" ({gaussians['half_a']:,} and {gaussians['half_b']:,} in the halves)" if halves else ""
     )
-    rows = [("Gaussians, particles", f"{counts}, {summary['particles']:,}")]
+    rows = [(found["level"], found["title"]) for found in summary.get("findings", ())]
+    rows += [("Gaussians, particles", f"{counts}, {summary['particles']:,}")]
     rows += _resolutions(summary, halves) + _costs(summary) + [("map", str(folder / "map.mrc"))]
     if halves:
         rows += [
@@ -23,6 +25,7 @@ def ending(summary: dict[str, Any]) -> str:
             ("test it", f"cryosplat validate {folder}"),
         ]
     rows += [
+        ("report", f"{folder / 'report.html'}: all this on a page, with figures and what to look at"),
         ("Gaussians", f"{folder / 'gaussians.npz'}, .ply"),
         ("plots", ", ".join(str(folder / name) for name in _plots(summary))),
         ("numbers, logs", f"{folder / 'summary.json'}, fsc.csv, metrics.csv, run.log"),
@@ -37,21 +40,22 @@ def _resolutions(summary: dict[str, Any], halves: bool) -> list[tuple[str, str]]
         rows = [
             (
                 "resolution",
-                f"{_angstrom(summary, 'resolution')} (calibrated FSC 0.5, a little modest, under {summary['mask']})",
+                f"{angstrom(summary, 'resolution')} (calibrated FSC 0.5, a little modest, under {summary['mask']})",
             ),
             (
                 "naive resolution",
-                f"{_angstrom(summary, 'resolution_naive')} (half maps of mixtures, FSC 0.143: they share the model's "
+                f"{angstrom(summary, 'resolution_naive')} (half maps of mixtures, FSC 0.143: they share the model's "
                 "bias, so it says too much)",
             ),
         ]
     if summary.get("fsc_truth_mean") is not None:
-        said = f"{_angstrom(summary, 'resolution_truth')} (FSC 0.5), mean FSC {summary['fsc_truth_mean']:.3f}"
+        said = f"{angstrom(summary, 'resolution_truth')} (FSC 0.5), mean FSC {summary['fsc_truth_mean']:.3f}"
         rows.append(("against the truth", said))
     return rows
 
 
-def _angstrom(summary: dict[str, Any], name: str) -> str:
+def angstrom(summary: Mapping[str, Any], name: str) -> str:
+    """A resolution with its error and its limits; ``name`` is that of its keys without "_a"."""
     value, error = summary.get(f"{name}_a"), summary.get(f"{name}_error_a")
     limit = next((words for key, words in _LIMITS.items() if summary.get(f"{name}_{key}")), "")
     return "none" if value is None else f"{value:.2f} A" + (f" +- {error:.2f}" if error else "") + limit

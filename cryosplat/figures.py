@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from cryosplat.conventions import RESOLUTION_THRESHOLD_HALF_MAPS, RESOLUTION_THRESHOLD_TRUTH, centre
 from cryosplat.files import atomic_path
@@ -339,6 +340,13 @@ def rasterise(figure: Figure, dpi: int = SCREEN_DPI) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def as_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of pixels: uint8 (height, width, 3)."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def save(figure: Figure, path: str | os.PathLike, overwrite: bool = False, dpi: int = PAPER_DPI) -> None:

@@ -54,6 +54,20 @@ class LinearMaps:
         inside = self.calibration.sums.inside
         return max(float(np.isinf(half.variance[inside]).mean()) for half in self.halves)
 
+    @cached_property
+    def agreed_shells(self) -> int:
+        """Shells in which the half maps agree, with an FSC clear of its noise, on more than a round ball of density.
+
+        Images with wrong poses still make such a ball, averaged over all directions, the same from either half. So each
+        half map's mean over directions is taken off first.
+        """
+        left = (without_ball(half.map) for half in self.halves)
+        curve = fsc(*left, self.pixel_size_a, self.mask).fsc
+        # Independent ones under the mask.
+        voxels = self.calibration.sums.voxels.sum(1) * float(np.mean(self.mask**2)) / self.halves[0].copies
+        clear = np.maximum(RESOLUTION_THRESHOLD_HALF_MAPS, SIGNAL_CERTAINTY / np.sqrt(np.maximum(voxels, 1)))
+        return int((curve > clear)[1:].sum())
+
 
 def linear_maps(
     halves: tuple[LinearHalf, LinearHalf], pixel_size_a: float, mask: np.ndarray | None, mask_name: str
@@ -81,21 +95,13 @@ def linear_maps(
 def require_signal(maps: LinearMaps) -> None:
     """Check that the linear half maps agree on more than a ball of density in the middle.
 
-    Images with wrong poses still make one, averaged over all directions, the same from either half. So each half map's
-    mean over directions is taken off first.
-
     Raises:
-        InputError: what is left agrees in fewer than ``LEAST_SHELLS`` shells; with what to check.
+        InputError: they agree in fewer than ``LEAST_SHELLS`` shells; with what to check.
     """
-    left = (without_ball(half.map) for half in maps.halves)
-    curve = fsc(*left, maps.pixel_size_a, maps.mask).fsc
-    # Independent ones under the mask.
-    voxels = maps.calibration.sums.voxels.sum(1) * float(np.mean(maps.mask**2)) / maps.halves[0].copies
-    clear = np.maximum(RESOLUTION_THRESHOLD_HALF_MAPS, SIGNAL_CERTAINTY / np.sqrt(np.maximum(voxels, 1)))
-    agreed = int((curve > clear)[1:].sum())
+    agreed, shells = maps.agreed_shells, len(maps.curve.fsc) - 1
     if agreed < LEAST_SHELLS:
         raise InputError(
-            f"beyond a round ball of density the linear half maps agree in {agreed} shells of {len(curve) - 1} (FSC "
+            f"beyond a round ball of density the linear half maps agree in {agreed} shells of {shells} (FSC "
             f"{RESOLUTION_THRESHOLD_HALF_MAPS}, clear of its noise): there is nothing that a mixture could be fitted "
             "to. Check that poses and CTF (data.poses, data.ctf, or the columns of data.particles) belong to this "
             "stack, row by row; that the rotations are not transposed; that A/px and box are those of these images; "

@@ -127,7 +127,7 @@ def _complete_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-_OF_EVALUATIONS = ("resolution/", "fsc/", "map/", "particles/", "holdout/")
+_OF_EVALUATIONS = ("resolution/", "fsc/", "map/", "particles/", "holdout/", "gaussians/", "memory/rank_")
 """How tags begin that are logged when maps are evaluated, and not with a step."""
 
 

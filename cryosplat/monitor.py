@@ -8,35 +8,21 @@ import contextlib
 import csv
 import logging
 import os
-import resource
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from cryosplat import figures, progress
 from cryosplat.errors import InputError
+from cryosplat.eventlog import EventLog, of_mixtures, of_ranks, writing
 from cryosplat.fsc import FscCurve, mean_fsc
-from cryosplat.metrics import COLUMNS, append_holdout, cut_events, cut_metrics, write_volume_fit
+from cryosplat.metrics import COLUMNS, append_holdout, cut_metrics, write_volume_fit
 
 logger = logging.getLogger(__name__)
 _PACKAGE_LOGGER = logging.getLogger("cryosplat")
-
-FLUSH_SECONDS = 10
-"""How much of the TensorBoard log a killed run may lose, at most."""
-
-
-def peak_memory_gib(device: torch.device | str = "cpu") -> dict[str, float]:
-    """Largest memory of this process so far, GiB: "cpu_max_rss", and "gpu_max_reserved" on a CUDA device."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-    memory = {"cpu_max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-    if torch.device(device).type == "cuda":
-        memory["gpu_max_reserved"] = torch.cuda.max_memory_reserved(device) / 2**30
-    return memory
 
 
 class NullMonitor:
@@ -48,7 +34,13 @@ class NullMonitor:
     def step(self, *args, **kwargs) -> None:
         pass
 
-    def evaluation(self, *args, **kwargs) -> None:
+    def evaluation(self, *args, **kwargs) -> dict:
+        return {}
+
+    def mixtures(self, *args, **kwargs) -> None:
+        pass
+
+    def rank_memory(self, *args, **kwargs) -> None:
         pass
 
     def holdout(self, *args, **kwargs) -> None:
@@ -107,13 +99,15 @@ class Monitor:
             log_file = stack.enter_context(_log_to(self._run_dir / "run.log"))
             self._metrics = _open_for_append(metrics, stack)
             # A run that has done all its steps is evaluated again, whether or not it was before.
-            self._writer = _tensorboard(events, start_step, stack, evaluated=start_step < total_steps)
+            self._events = EventLog(events, start_step, stack, start_step < total_steps, total_steps)
             self._stack = stack.pop_all()
         self._clock_zero = time.monotonic() - seconds_before
         for line in preface:
             log_file.handle(logging.makeLogRecord({"msg": line, "levelno": logging.INFO, "levelname": "INFO"}))
         if resumed:
             logger.info("resumed after step %d of %d", start_step, total_steps)
+        else:
+            self._events.layout()
 
     def step(
         self,
@@ -133,7 +127,7 @@ class Monitor:
             losses: by model: "full", "half_a", "half_b".
             learning_rate: of this step.
             images_per_second: over all ranks, since the last logged step.
-            memory: GiB, as ``peak_memory_gib`` gives it.
+            memory: GiB, as ``costs.peak_memory_gib`` gives it.
             waiting: share of the time since the last logged step in which rank 0 waited for images.
         """
         row = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "images_per_second": images_per_second}
@@ -141,14 +135,14 @@ class Monitor:
         row |= {f"loss_{name}": value for name, value in losses.items()}
         row |= {f"{name}_gib": value for name, value in memory.items()}
         row["seconds"] = round(time.monotonic() - self._clock_zero, 3)
-        with _writing(self._run_dir / "metrics.csv"):
+        with writing(self._run_dir / "metrics.csv"):
             csv.DictWriter(self._metrics, COLUMNS, restval="", lineterminator="\n").writerow(row)
             self._metrics.flush()
         scalars = {f"loss/{name}": value for name, value in losses.items()}
         scalars |= {"train/learning_rate": learning_rate, "throughput/images_per_second": images_per_second}
         scalars["throughput/waiting"] = waiting
-        scalars |= {f"memory/{name}(GiB)": value for name, value in memory.items()}
-        self._scalars(scalars, step)
+        scalars |= {f"memory/{name}_GiB": value for name, value in memory.items()}
+        self._events.often(scalars, step)
         loss = losses.get("full", next(iter(losses.values()), float("nan")))
         progress.know(step=f"{step}, epoch {epoch}, loss {loss:.6g}", images_per_second=f"{images_per_second:.4g}")
         progress.at(step, f"epoch {epoch}, loss {loss:.6g}, {images_per_second:.4g} images/s")
@@ -162,7 +156,7 @@ class Monitor:
         maps: Mapping[str, np.ndarray],
         particle_example: tuple | None,
         pixel_size_a: float,
-    ) -> None:
+    ) -> dict[str, np.ndarray]:
         """Log maps and what they are worth. Call it before the checkpoint of its step, or a resumed run repeats it.
 
         Args:
@@ -172,11 +166,14 @@ class Monitor:
             maps: (D, D, D) by name, "map" first of all.
             particle_example: arguments of ``figures.particle_figure`` up to the residual, and a name if there is one.
             pixel_size_a: A/px.
+
+        Returns:
+            The pictures, by tag, whether they were due in TensorBoard or not: uint8 (height, width, 3).
         """
         known = {name: value for name, value in resolutions.items() if value is not None}
         means = {name: mean_fsc(curve) for name, curve in curves.items() if np.isfinite(curve.fsc[1:]).any()}
-        self._scalars({f"resolution/{name}(A)": value for name, value in known.items()}, step)
-        self._scalars({f"fsc/mean_{name}": value for name, value in means.items()}, step)
+        self._events.scalars({f"resolution/{name}_A": value for name, value in known.items()}, step)
+        self._events.scalars({f"fsc/mean_{name}": value for name, value in means.items()}, step)
         drawn = {"fsc/curves": figures.fsc_figure(curves)} if curves else {}
         for name, volume in maps.items():
             suffix = "" if name == "map" else f"_{name}"
@@ -186,9 +183,9 @@ class Monitor:
             particle, projection, residual, *name = particle_example
             figure = figures.particle_figure(particle, projection, residual, pixel_size_a, *name)
             drawn["particles/particle_projection_residual"] = figure
-        with _writing(self._run_dir / "tensorboard"):
-            for tag, figure in drawn.items():
-                self._writer.add_image(tag, figures.rasterise(figure), step, dataformats="HWC")
+        pixels = {tag: figures.rasterise(figure) for tag, figure in drawn.items()}
+        if self._events.wants_pictures(step):
+            self._events.pictures(pixels, step)
         if known:
             name, value = next(iter(known.items()))
             progress.know(resolution=f"{value:.2f} A ({name.replace('_', ' ')})")
@@ -197,6 +194,18 @@ class Monitor:
         words += [f"mean FSC {name.replace('_', ' ')} {value:.4f}" for name, value in means.items()]
         when = f"after epoch {epoch}, step {step}" if step else "after the fit in the volume"
         logger.info("%s: %s", when, ", ".join(words) or "no half maps, no truth")
+        return pixels
+
+    def mixtures(self, step: int, mixtures: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Log how many Gaussians there are, how wide and how strong: by model, as they are exported."""
+        numbers, spread = of_mixtures(mixtures)
+        self._events.scalars(numbers, step)
+        if self._events.wants_pictures(step):
+            self._events.histograms(spread, step)
+
+    def rank_memory(self, step: int, memory: Sequence[Mapping[str, float]]) -> None:
+        """Log the memory of every rank, in their order, each as ``costs.peak_memory_gib`` gives it."""
+        self._events.scalars(of_ranks(memory), step)
 
     def holdout(self, step: int, epoch: int, gains: Mapping[str, float]) -> None:
         """Log what held-out and trained images say of the models, in holdout.csv too.
@@ -206,7 +215,7 @@ class Monitor:
             gains: by column of holdout.csv, as ``holdout.HoldOut.measure`` gives them.
         """
         append_holdout(self._run_dir / "holdout.csv", {"step": step, "epoch": epoch, **gains})
-        self._scalars({f"holdout/{name}": value for name, value in gains.items() if name != "images"}, step)
+        self._events.scalars({f"holdout/{name}": value for name, value in gains.items() if name != "images"}, step)
         logger.info(
             "after epoch %d, step %d: nats an image gained over an empty map: %.4g held out, %.4g trained on",
             *(epoch, step, gains["gain_full"], gains["trained_full"]),
@@ -223,20 +232,18 @@ class Monitor:
         logger.info("fitted in the volume; nats gained over an empty map: %s", said)
         write_volume_fit(self._run_dir / "volume_fit.csv", columns)
         with contextlib.ExitStack() as stack:
-            writer = _tensorboard(self._run_dir / "tensorboard" / "volume_fit", -1, stack)  # step 0 is one of its own
+            events = EventLog(self._run_dir / "tensorboard" / "volume_fit", -1, stack)  # step 0 is one of its own
             for name, curve in columns.items():
                 for step, gain in enumerate(curve):
-                    writer.add_scalar(f"volume_fit/{name}", gain, step)
+                    events.scalars({f"volume_fit/{name}": gain}, step)
 
     def text(self, tag: str, markdown: str) -> None:
         """Log a text, such as "run/config", in TensorBoard."""
-        with _writing(self._run_dir / "tensorboard"):
-            self._writer.add_text(tag, markdown, self._start_step)
+        self._events.text(tag, markdown, self._start_step)
 
     def flush(self) -> None:
         """Have all that was logged on disk; call it before a checkpoint, and a kill leaves no gap in the curves."""
-        with _writing(self._run_dir / "tensorboard"):
-            self._writer.flush()
+        self._events.flush()
 
     def close(self) -> None:
         """Finish all files; calling it again does nothing."""
@@ -250,31 +257,17 @@ class Monitor:
         with contextlib.suppress(*([InputError] if kind else [])):
             self.close()
 
-    def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        with _writing(self._run_dir / "tensorboard"):
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write into what the user can mend."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
 
 def _open_for_append(path: Path, stack: contextlib.ExitStack):
     """An open text file; ``stack`` closes it."""
-    with _writing(path):
+    with writing(path):
         handle = open(path, "a", newline="")
     stack.callback(_close, handle, path)
     return handle
 
 
 def _close(handle, path: Path) -> None:
-    with _writing(path):
+    with writing(path):
         handle.close()
 
 
@@ -291,7 +284,7 @@ class _RunLog(logging.FileHandler):
 @contextlib.contextmanager
 def _log_to(path: Path) -> Iterator[_RunLog]:
     """Append what cryosplat logs, from level INFO, to a file."""
-    with _writing(path):
+    with writing(path):
         handler = _RunLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level = _PACKAGE_LOGGER.level
@@ -304,34 +297,3 @@ def _log_to(path: Path) -> Iterator[_RunLog]:
         _PACKAGE_LOGGER.removeHandler(handler)
         _PACKAGE_LOGGER.setLevel(level)
         _close(handler, path)
-
-
-def _tensorboard(folder: Path, start_step: int, stack: contextlib.ExitStack, evaluated: bool = True):
-    """A SummaryWriter that goes on after ``start_step``; ``stack`` closes it."""
-    from torch.utils.tensorboard import SummaryWriter  # a second to import, which only rank 0 needs to spend
-
-    cut_events(folder, start_step, evaluated)
-    stack.enter_context(_quiet_writer_thread())
-    with _writing(folder):
-        # purge_step is for a TensorBoard that runs and has the cut events in memory. It heeds it from the second time
-        # on only (the first is the start of the run, not a restart), so a new run says it too.
-        writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=FLUSH_SECONDS)
-    stack.callback(_close, writer, folder)
-    return writer
-
-
-@contextlib.contextmanager
-def _quiet_writer_thread() -> Iterator[None]:
-    """Keep TensorBoard's writer thread from printing the traceback of an OSError, which its next call raises anyway."""
-    previous = threading.excepthook
-
-    def hook(args) -> None:
-        from_writer = type(args.thread).__module__.startswith("tensorboard.")
-        if not (from_writer and issubclass(args.exc_type, OSError)):
-            previous(args)
-
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = previous

@@ -6,7 +6,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def write_run_outputs(
     rotations: np.ndarray | None = None,
     metrics: Mapping[str, np.ndarray] | None = None,
     volume_fit: Mapping[str, np.ndarray] | None = None,
+    held_out: Sequence[Any] = (),
     symmetry: str = "C1",
     scores: Scores | None = None,
     overwrite: bool = False,
@@ -87,6 +88,7 @@ def write_run_outputs(
         rotations: (N, 3, 3) of all particles, for viewing_directions.png.
         metrics: columns of metrics.csv, for loss.png; none or no rows, no figure.
         volume_fit: columns of volume_fit.csv, for volume_fit.png; none, no figure.
+        held_out: panels of ``figures.panels_figure`` on held-out images, for holdout.png; none, no figure.
         scores: of all particles, for particles.csv; none, no such file.
         overwrite: replace the products that are there. Only a run that goes on in its own directory may.
 
@@ -117,6 +119,8 @@ def write_run_outputs(
     if scores is not None:
         writers["particles.csv"] = lambda path: write_scores(path, scores, overwrite)
     drawn = _drawings(shown, pixel_size_a, curves, suite, rotations, metrics, volume_fit)
+    if held_out:
+        drawn["holdout.png"] = lambda: figures.panels_figure(held_out)
     writers |= {
         name: lambda path, draw=draw: figures.save(draw(), path, overwrite=overwrite) for name, draw in drawn.items()
     }

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cryosplat import checkpoint
 from cryosplat.config import config_differences, load_config, save_config
 from cryosplat.errors import InputError
 from cryosplat.files import remove_unfinished
 from cryosplat.runlock import NAME as LOCK
 from cryosplat.runlock import RunLock
+from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
 from cryosplat.status import NAME as STATUS
 
@@ -158,3 +161,14 @@ def _refuse_changes(before: Config, now: Config, folder: Path) -> None:
             f"run_dir: {folder} holds a run with other settings; choose another run_dir, or go on with the old ones "
             f"({folder / 'config.yaml'}).\n  {listed}"
         )
+
+
+def changed_particles(state: dict[str, Any], plan: BatchPlan) -> str | None:
+    """In words, why a saved state cannot be trained on with the particles of a plan; None if it can."""
+    if state["particles"] != plan.particles:
+        return f"the run was trained on {state['particles']} particles, now there are {plan.particles}"
+    if not np.array_equal(state["half"].numpy(), plan.half):
+        return "particles have moved from one half to the other since the run began; its half maps would be void"
+    if "held_out" in state and not np.array_equal(state["held_out"].numpy(), plan.held_out):
+        return "other images are held out than when the run began"
+    return None

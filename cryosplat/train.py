@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from cryosplat import checkpoint, distributed, fitkeeping, interruption, progress, start
+from cryosplat import checkpoint, distributed, findings, fitkeeping, interruption, progress, start
 from cryosplat.backprojection import LinearHalf
 from cryosplat.config import check_files, load_config
+from cryosplat.costs import Costs, peak_memory_gib
 from cryosplat.ending import ending
 from cryosplat.errors import InputError, Interrupted, is_first_rank, said_by_the_first
 from cryosplat.evaluation import Evaluation, evaluate, read_comparison
@@ -26,14 +26,22 @@ from cryosplat.gaussians import GaussianMixture
 from cryosplat.halves import save_halves
 from cryosplat.holdout import HoldOut
 from cryosplat.memory import OUT_OF_MEMORY, free_bytes, plan_memory
-from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
+from cryosplat.monitor import Monitor, NullMonitor
 from cryosplat.particles import ParticleTable, read_particles
 from cryosplat.particlescores import score_particles
 from cryosplat.preparation import Preparation
-from cryosplat.products import half_map_curves, hardware, log_evaluation, particle_file, write_products
+from cryosplat.products import (
+    circumstances,
+    half_map_curves,
+    hardware,
+    log_evaluation,
+    particle_file,
+    write_products,
+)
 from cryosplat.reconstruction import MODEL_NAMES, Reconstruction
+from cryosplat.report import write_report
 from cryosplat.runlock import RunLock
-from cryosplat.runs import HALVES, RunState, begin_run, give_up_run, open_run
+from cryosplat.runs import HALVES, RunState, begin_run, changed_particles, give_up_run, open_run
 from cryosplat.sampling import BatchPlan
 from cryosplat.settings import Config
 from cryosplat.trainer import Report, Trainer
@@ -89,10 +97,7 @@ class Run:
         lock: RunLock,
     ):
         self.config, self.world, self.run, self.watch, self.lock = config, world, run, watch, lock
-        self.began = time.perf_counter()
-        self.before = run.state["seconds"] if run.state else {"wall": 0.0, "cpu": 0.0, "training": 0.0}
-        self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, self.before.get("fit", 0.0)
-        self.waited_seconds = 0.0
+        self.costs = Costs(world, run.state["seconds"] if run.state else None)
         self.fit_gains: dict[str, list[float]] = {}
         self.begun = run.resumed
         table = distributed.together(self._read_table, world)
@@ -154,11 +159,12 @@ class Run:
                     self._measure(monitor)
                     evaluation = self._evaluate(monitor)
                     distributed.wait_for_main(self.world)
+                    self._report_on_the_way(evaluation)
                     self._say_training()
                 distributed.together(lambda: self._save(monitor), self.world)
                 if not trainer.finished:  # then what is left takes no longer than to begin again
                     self._go_if_asked(self._saved())
-            missing = evaluation is None and self.images_trained == 0  # nothing to train, or only products are missing
+            missing = evaluation is None and self.costs.images == 0  # nothing to train, or only products are missing
             if missing:
                 self._measure(monitor)
             with self.watch.going_at_once(lambda: self._interrupted(self._saved())):
@@ -200,7 +206,7 @@ class Run:
         if halves is not None:
             problems = make_problems(halves, dataset.pixel_size_a, MODEL_NAMES, config.train.seed, self.images.held_out)
         fitted = self._fit_all(problems, start.fit_settings(config, dataset.box))
-        self.fit_seconds = time.perf_counter() - began
+        self.costs.fit_seconds = time.perf_counter() - began
         self.fit_gains = start.gains(fitted)
         if self.world.is_main:
             fitted[0].warn(MODEL_NAMES[0])
@@ -236,16 +242,9 @@ class Run:
         state = self.run.state
         if state is None:
             return False
-        folder, plan = self.run.folder, self.trainer.plan
-        problem = None
-        if state["particles"] != plan.particles:
-            problem = f"the run was trained on {state['particles']} particles, now there are {plan.particles}"
-        elif not np.array_equal(state["half"].numpy(), plan.half):
-            problem = "particles have moved from one half to the other since the run began; its half maps would be void"
-        elif "held_out" in state and not np.array_equal(state["held_out"].numpy(), plan.held_out):
-            problem = "other images are held out than when the run began"
+        problem = changed_particles(state, self.trainer.plan)
         if problem:
-            raise distributed.common_error(f"{folder}: {problem}; choose another run_dir", self.world)
+            raise distributed.common_error(f"{self.run.folder}: {problem}; choose another run_dir", self.world)
         self.trainer.load_state(state["trainer"])
         return True
 
@@ -266,9 +265,7 @@ class Run:
             progress.stage("training", trainer.total_steps, "steps", trainer.progress.step)
 
     def _report(self, report: Report, monitor) -> None:
-        self.images_trained += report.images
-        self.training_seconds += report.seconds
-        self.waited_seconds += report.waited
+        self.costs.add(report)
         memory, seconds = peak_memory_gib(self.world.device), max(report.seconds, 1e-9)
         rate, waiting = report.images / seconds, report.waited / seconds
         monitor.step(report.step, report.epoch, report.losses, report.learning_rate, rate, memory, waiting)
@@ -300,7 +297,8 @@ class Run:
         return Interrupted(f"asked to go {asked_by}, {what}; the same command goes on from there ({self.run.folder})")
 
     def _measure(self, monitor) -> None:
-        """Judge held-out images, if there are any; all ranks, each its own."""
+        """Judge held-out images, if there are any, and ask for memory; all ranks, each its own."""
+        self.rank_memory = distributed.gather_objects(peak_memory_gib(self.world.device), self.world)
         if self.holdout is not None:
             gains = self.holdout.measure(self.trainer.reconstruction)
             monitor.holdout(self.trainer.progress.step, self.trainer.progress.epoch, gains)
@@ -312,8 +310,18 @@ class Run:
         progress.stage("evaluating")
         trainer = self.trainer
         evaluation = evaluate(trainer.reconstruction, self.comparison, self.linear)
-        log_evaluation(monitor, trainer, evaluation)
+        self.drawn = log_evaluation(monitor, trainer, evaluation, self.rank_memory)
         return evaluation
+
+    def _report_on_the_way(self, evaluation: Evaluation | None) -> None:
+        """Write report.html of a run that goes on; a collective."""
+        if self.trainer.finished:
+            return
+        summary = self._summary(evaluation, None)
+        done = f"{self.trainer.progress.step} of {self.trainer.total_steps} steps are done"
+        distributed.together(
+            lambda: write_report(self.run.folder, summary, self.drawn, done) if self.world.is_main else None, self.world
+        )
 
     def _save(self, monitor) -> None:
         """Every rank has the same state, so rank 0 saves alone."""
@@ -329,24 +337,13 @@ class Run:
             "held_out": torch.from_numpy(self.trainer.plan.held_out),
             "config": OmegaConf.to_yaml(OmegaConf.structured(self.config)),
             "sign": self.images.sign.state(),
-            "seconds": self._seconds(),
+            "seconds": self.costs.state(),
         }
         checkpoint.save(self.run.checkpoints, self.trainer.progress.step, state, self.config.checkpoint.keep)
         fitkeeping.remove(self.run.checkpoints)
 
-    def _seconds(self) -> dict[str, float]:
-        """Over all resumed parts: wall seconds of the run, its fit and its training, CPU seconds of this rank."""
-        return {
-            "fit": self.fit_seconds,
-            "wall": self.before["wall"] + time.perf_counter() - self.began,
-            "cpu": self.before["cpu"] + time.process_time(),
-            "training": self.before["training"] + self.training_seconds,
-        }
-
     def _summary(self, evaluation: Evaluation | None, suite: FscSuite | None) -> dict[str, Any]:
-        trainer, seconds, agreement = self.trainer, self._seconds(), self.images.agreement
-        mine = time.process_time(), peak_memory_gib(self.world.device), self.waited_seconds
-        ranks = distributed.gather_objects(mine, self.world)
+        trainer, agreement = self.trainer, self.images.agreement
         summary = {
             **(evaluation.summary() if evaluation else {}),
             "particles": trainer.plan.particles,
@@ -359,14 +356,7 @@ class Run:
             "box": trainer.reconstruction.box,
             "pixel_size_a": round(trainer.reconstruction.pixel_size_a, 6),  # what float32 files carry
             "world_size": self.world.size,
-            "images_per_second": self.images_trained / self.training_seconds if self.training_seconds else None,
-            "waiting": max(waited for *_, waited in ranks) / self.training_seconds if self.training_seconds else None,
-            "cpu_seconds": self.before["cpu"] + sum(cpu for cpu, *_ in ranks),
-            "wall_seconds": seconds["wall"],
-            "peak_memory_gib": sum(memory["cpu_max_rss"] for _, memory, _ in ranks),
-            "peak_gpu_memory_gib": max((memory.get("gpu_max_reserved", 0.0) for _, memory, _ in ranks), default=0.0),
-            "volume_fit_seconds": seconds["fit"],
-            "training_seconds": seconds["training"],
+            **self.costs.summary(),
             "epochs": self.config.train.epochs,
             "steps": trainer.progress.step,
             **(particle_file(self.config) if self.world.is_main else {}),
@@ -379,6 +369,9 @@ class Run:
         if suite is not None:
             said = agreement and agreement.warning(self.config.model.symmetry)
             summary |= {"warnings": [*suite.warnings, *([said] if said else [])], "anisotropy": suite.anisotropy}
+        if self.world.is_main:
+            summary |= circumstances(self.world, self.linear, trainer.table.rotations, self.config.model.symmetry)
+            summary["findings"] = findings.as_records(findings.find(summary, self.run.folder, self.config.data.null))
         return distributed.broadcast_object(summary, self.world)
 
 

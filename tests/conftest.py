@@ -13,6 +13,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; set on all that is skipped for want of one")
+    config.addinivalue_line("markers", "browser: looks at pages with chromium; -m 'not browser' leaves them out")
     if not hasattr(config, "workerinput"):  # in the process that starts xdist's workers, or in the only one
         slurmcluster.begin_session()
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import training_set
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from cryosplat import distributed, train
+from cryosplat import distributed, nodeimages, train
 from cryosplat.descent import Descent
 from cryosplat.errors import is_first_rank
 from cryosplat.optimiser import GatedAdam
@@ -207,7 +207,7 @@ def asked_in_fit(folder: Path, argument: int, words: list[str]) -> int:
 
 def asked_while(folder: Path, argument: int, words: list[str]) -> int:
     """Train; rank 0 is sent SIGUSR2 while it reads images (``argument`` 0) or evaluates (1)."""
-    owner, name = ((train, "ParticleDataset"), (train, "evaluate"))[argument]
+    owner, name = ((nodeimages, "ParticleDataset"), (train, "evaluate"))[argument]
     work = getattr(owner, name)
 
     def watched(*args, **kwargs):

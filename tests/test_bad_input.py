@@ -131,7 +131,7 @@ def image(value, row=3):
     return change
 
 
-NAN, MIXED = float("nan"), {"DetectorPixelSize": [2.0, 2.0, 2.0, 2.0, 2.1, 2.0]}
+NAN, MIXED = float("nan"), {"DetectorPixelSize": [2.0, 2.0, 2.0, 2.0, 2.6, 2.0]}
 TWICE = {"OpticsGroup": [1, 1], "ImagePixelSize": [2.0, 2.0]}
 SIZES = {**OPTICS, "ImagePixelSize": [1.5, 2.0]}
 NANOMETRES = {**OPTICS, "ImagePixelSize": [2e-9, 2e-9]}
@@ -217,7 +217,7 @@ CASES = {
     "15 not a stack": (stack(lambda path: path.write_text("x" * 5000)), "particles.mrcs: not an MRC stack"),
     "15 A/px in metres": (star31(optics=NANOMETRES), "p.star", "units"),
     "15 two A/px given": (option(pixel_size=2.5), "data.pixel_size is 2.5 A/px, but data.ctf gives 2", "remove"),
-    "15 mixed A/px": (star(**MIXED), "p.star: A/px from 2 to 2.1", "data.indices"),
+    "15 mixed A/px": (star(**MIXED), "p.star: A/px from 2 to 2.6", "data.indices"),
     # 20: grey levels; found as images are read
     "20 a pixel that is none": (stack(image(NAN)), "particles.mrcs, image 3: 64 of 64 pixels", "data.indices"),
     "20 an empty image": (stack(image(7.0)), "particles.mrcs, image 3: the image is constant", "remove it"),

@@ -36,7 +36,7 @@ def copy_sources(to: Path) -> Path:
             shutil.copy(ROOT / name, to)
     shutil.copytree(ROOT / "csrc", to / "csrc")
     (to / "cryosplat").mkdir()
-    for name in ("__init__.py", "_extension.py"):
+    for name in ("__init__.py", "_extension.py", "report.html.j2"):
         shutil.copy(ROOT / "cryosplat" / name, to / "cryosplat")
     return to
 
@@ -128,7 +128,7 @@ def test_a_wheel_holds_the_core_and_not_its_sources(tree, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("cryosplat-*.whl"))).namelist()
-    assert f"cryosplat/_C{SUFFIX}" in names and "cryosplat/_extension.py" in names
+    assert {f"cryosplat/_C{SUFFIX}", "cryosplat/_extension.py", "cryosplat/report.html.j2"} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h", ".o", ".cu"))]
 
 

@@ -229,8 +229,8 @@ def test_a_run_leaves_all_its_products_and_nothing_half_written(reference_run):
         "checkpoints", "config.yaml", "directional.png", "fsc.csv", "fsc.png", "fsc.xml", "fsc_half_maps.png",
         "gaussians.cif", "gaussians.npz", "gaussians.ply", "half_a.mrc", "half_b.mrc", "halves.npy", "linear.mrc",
         "loss.png", "map.mrc", "mask.mrc", "metrics.csv", "mixture.mrc", "mixture_half_a.mrc", "mixture_half_b.mrc",
-        "projections.png", "run.log", "sections.png", "summary.json", "tensorboard", "view.cxc",
-        "viewing_directions.png",
+        "particles.csv", "projections.png", "report.html", "run.log", "sections.png", "summary.json", "tensorboard",
+        "view.cxc", "viewing_directions.png",
     ]  # fmt: skip
     assert all(path.stat().st_size for path in reference_run.rglob("*") if path.is_file() and path.name != "run.log")
     assert sorted(path.name for path in (reference_run / "checkpoints").iterdir()) == [

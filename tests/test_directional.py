@@ -6,9 +6,10 @@ from halfmaps import frequencies, halves, molecule, noise
 
 from cryosplat import figures, fscfigures
 from cryosplat.conventions import euler_to_rotation
-from cryosplat.directional import directional_fsc, directions_on_half_sphere, viewing_directions
+from cryosplat.directional import directional_fsc, directions_on_half_sphere, view_evenness, viewing_directions
 from cryosplat.errors import InputError
 from cryosplat.fsc import fsc, masked_spectrum
+from cryosplat.symmetry import point_group
 
 BOX, PIXEL_SIZE_A = 40, 3.0
 AXES = {"x": 2, "y": 1, "z": 0}
@@ -97,3 +98,26 @@ def test_the_figures_are_drawn():
         assert pixels.std() > 20
     few = fscfigures.viewing_figure(views[:1])
     assert "1 particles; 100 % of bins empty" in few.axes[0].get_title()
+
+
+def test_views_are_even_by_the_sampling_of_fourier_space():
+    """1 for all directions alike, 0.81 for side views alone (Baldwin & Lyumkin 2020: 8 / pi^2), little for one axis."""
+    rng = np.random.default_rng(0)
+    number = 30_000
+    tilts = {"all": np.degrees(np.arccos(rng.uniform(-1, 1, number))), "sides": np.full(number, 90.0)}
+    tilts["top"] = np.abs(rng.normal(0, 5, number))
+    even = {
+        name: view_evenness(euler_to_rotation(rng.uniform(-180, 180, number), tilt, rng.uniform(-180, 180, number)))
+        for name, tilt in tilts.items()
+    }
+    assert even["all"] == pytest.approx(1, abs=0.005)
+    assert even["sides"] == pytest.approx(8 / np.pi**2, abs=0.01)
+    assert even["top"] < 0.02
+    # Turned as a whole they are as even.
+    turned = euler_to_rotation(*rng.uniform(-180, 180, (3, 1)))
+    sides = euler_to_rotation(rng.uniform(-180, 180, number), np.full(number, 90.0), rng.uniform(-180, 180, number))
+    assert view_evenness(sides @ turned) == pytest.approx(even["sides"], abs=0.02)
+    # Of a molecule like a cube, views from about one face are views from about all six.
+    tilts = np.abs(rng.normal(0, 25, number))
+    face = euler_to_rotation(rng.uniform(-180, 180, number), tilts, rng.uniform(-180, 180, number))
+    assert view_evenness(face) < 0.2 and view_evenness(face, point_group("O")) > 0.75

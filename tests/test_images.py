@@ -158,7 +158,7 @@ def test_stacks_are_found_by_datadir_data_root_and_bare_name(tmp_path, several):
     flat.mkdir()
     (tmp_path / "job1" / "a.mrcs").rename(flat / "a.mrcs")
     (tmp_path / "job2" / "b.mrcs").rename(flat / "b.mrcs")
-    with pytest.raises(InputError, match=r"data\.datadir"):
+    with pytest.raises(InputError, match=r"data\.(datadir|prefix)"):
         load(tmp_path, **keys)
     np.testing.assert_array_equal(load(tmp_path, datadir="flat", **keys).read(np.arange(6)), several[0])
 

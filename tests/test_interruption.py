@@ -164,7 +164,7 @@ def test_kept_fits_of_other_particles_are_not_gone_on_with(stack, tmp_path, monk
     class Killed(BaseException):
         pass
 
-    def die(*_):
+    def die(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -283,7 +283,7 @@ def test_of_two_jobs_that_begin_a_run_at_a_time_one_is_refused(stack, tmp_path, 
     begin = train.begin_run
 
     def late(config, run, lock):
-        run.folder.mkdir()
+        run.folder.mkdir(exist_ok=True)
         (run.folder / "config.yaml").write_text("")
         begin(config, run, lock)
 

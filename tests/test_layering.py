@@ -45,11 +45,11 @@ LAYERS = (
     ),
     ("status", "pseudoatoms", "chimerax"),
     ("distributed", "optimiser", "stepgraph", "halves", "alignments", "optics", "runs", "fsc"),
-    ("interruption", "opticsnotes", "progress"),
+    ("pixelsizes", "interruption", "opticsnotes", "progress"),
     ("fitkeeping", "descent"),
     ("sharpening", "uncertainty", "directional", "localresolution", "fscchecks", "records", "particles"),
     ("figures", "fscsuite", "sectors"),
-    ("fscfigures",),
+    ("fscfigures", "eventlog", "runfiles"),
     # What training is put together from.
     ("imageprep",),
     ("cache",),
@@ -63,7 +63,9 @@ LAYERS = (
     ("memory",),
     ("evaluation", "trainer", "holdout", "sign"),
     ("start", "preparation", "imagesurvey"),
-    ("products", "particlescores"),
+    ("findings",),
+    ("report",),
+    ("products", "costs", "particlescores"),
     # What people call.
     ("train", "validation", "backprojectcommand", "exporting", "doctor", "comparing", "inspectcommand"),
     ("api", "cli"),
@@ -82,15 +84,17 @@ OWNERS = {
     "cryodrgn": {"particles", "images", "unpickle"},
     "submitit": set(),
     "matplotlib": {"figures", "fscfigures"},
+    "PIL": {"figures"},
+    "jinja2": {"report"},
     "gemmi": {"atoms"},
-    "tensorboard": {"metrics", "monitor"},
-    "torch.utils.tensorboard": {"metrics", "monitor"},
+    "tensorboard": {"metrics", "eventlog"},
+    "torch.utils.tensorboard": {"metrics", "eventlog"},
     "cryosplat._C": {"_extension"},
     "cryosplat.reference": set(),
 }
 """Outside package: the modules that may import it."""
 
-LAZY = ("cryodrgn", "gemmi", "tensorboard", "torch.utils.tensorboard")
+LAZY = ("cryodrgn", "gemmi", "jinja2", "tensorboard", "torch.utils.tensorboard")
 """Heavy, and needed for some inputs only: imported where they are used."""
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
+from cryosplat import eventlog
+from cryosplat.costs import peak_memory_gib
 from cryosplat.errors import InputError
+from cryosplat.eventlog import DESCRIPTIONS
 from cryosplat.fsc import FscCurve
 from cryosplat.metrics import COLUMNS, read_metrics, read_volume_fit
-from cryosplat.monitor import Monitor, NullMonitor, peak_memory_gib
+from cryosplat.monitor import Monitor, NullMonitor
 
 BOX = 24
 
@@ -32,7 +37,7 @@ def log_evaluation(monitor, step, box=BOX, truth=True, names_of_maps=("map", "mi
     resolutions = {"calibrated_0.5": 9.75, "naive_half_map_0.143": 7.25, "truth_0.5": 8.5 if truth else None}
     maps = {name: rng.standard_normal((box, box, box)) for name in names_of_maps}
     particle = tuple(rng.standard_normal((3, box, box)))
-    monitor.evaluation(step, step // 10, curves, resolutions, maps, particle, 2.0)
+    return monitor.evaluation(step, step // 10, curves, resolutions, maps, particle, 2.0)
 
 
 def events(run_dir):
@@ -64,11 +69,11 @@ def test_every_tag_is_in_the_event_file_with_its_unit(tmp_path):
             "train/learning_rate",
             "throughput/images_per_second",
             "throughput/waiting",
-            "memory/cpu_max_rss(GiB)",
-            "memory/gpu_max_reserved(GiB)",
-            "resolution/calibrated_0.5(A)",
-            "resolution/naive_half_map_0.143(A)",
-            "resolution/truth_0.5(A)",
+            "memory/cpu_max_rss_GiB",
+            "memory/gpu_max_reserved_GiB",
+            "resolution/calibrated_0.5_A",
+            "resolution/naive_half_map_0.143_A",
+            "resolution/truth_0.5_A",
             "fsc/mean_calibrated_map",
             "fsc/mean_half_maps",
             "fsc/mean_truth",
@@ -78,8 +83,9 @@ def test_every_tag_is_in_the_event_file_with_its_unit(tmp_path):
         "fsc/curves", "map/projections", "map/projections_mixture", "map/sections", "map/sections_mixture",
         "particles/particle_projection_residual",
     ]  # fmt: skip
-    assert sorted(found.Tags()["tensors"]) == ["run/config/text_summary", "run/hardware/text_summary"]
-    assert found.Scalars("resolution/truth_0.5(A)")[0].value == 8.5
+    texts = ["run/config/text_summary", "run/hardware/text_summary"]
+    assert sorted(found.Tags()["tensors"]) == ["custom_scalars__config__", *texts]
+    assert found.Scalars("resolution/truth_0.5_A")[0].value == 8.5
     assert found.Scalars("fsc/mean_truth")[0].value == pytest.approx(np.linspace(1, 0, BOX // 2 + 1)[1:].mean())
     assert b"lr: 0.003" in found.Tensors("run/config/text_summary")[0].tensor_proto.string_val[0]
     image = found.Images("map/sections")[0]
@@ -91,7 +97,7 @@ def test_an_unknown_resolution_is_left_out_and_not_logged_as_nan(tmp_path):
     with Monitor(tmp_path, 20) as monitor:
         log_evaluation(monitor, 10, truth=False)
     tags = events(tmp_path).Tags()["scalars"]
-    assert "resolution/truth_0.5(A)" not in tags and "fsc/mean_truth" not in tags
+    assert "resolution/truth_0.5_A" not in tags and "fsc/mean_truth" not in tags
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -127,7 +133,7 @@ def test_a_resumed_run_continues_its_curves_without_a_duplicate_or_a_gap(tmp_pat
     assert [event.step for event in losses] == [10, 20, 30, 40, 50]
     assert [event.value for event in losses] == pytest.approx([0.1, 0.05, 9, 9, 0.02])
     assert [event.step for event in found.Images("map/sections")] == [20, 40]
-    assert [event.step for event in found.Scalars("resolution/truth_0.5(A)")] == [20, 40]
+    assert [event.step for event in found.Scalars("resolution/truth_0.5_A")] == [20, 40]
     metrics = read_metrics(tmp_path / "metrics.csv")
     assert metrics["step"].tolist() == [10, 20, 30, 40, 50]
     assert metrics["loss_full"].tolist() == pytest.approx([0.1, 0.05, 9, 9, 0.02])
@@ -147,7 +153,7 @@ def test_the_last_evaluation_is_there_once_though_a_killed_run_repeats_it(tmp_pa
             log_step(monitor, total)
         log_evaluation(monitor, total)
     found = events(tmp_path)
-    for tag in ("resolution/truth_0.5(A)", "fsc/mean_truth", "loss/full"):
+    for tag in ("resolution/truth_0.5_A", "fsc/mean_truth", "loss/full"):
         assert [event.step for event in found.Scalars(tag)] == expected, tag
     assert [event.step for event in found.Images("map/sections")] == expected
 
@@ -318,6 +324,136 @@ def test_peak_memory_of_a_gpu_counts_what_was_reserved():
 def test_importing_the_monitor_does_not_import_tensorboard():
     code = "import sys, cryosplat.monitor; sys.exit('tensorboard' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(os.path.dirname(__file__))).returncode == 0
+
+
+# Gaussians, ranks, and the meaning of it all
+
+
+def mixture(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return {"scales": rng.uniform(1, 3, (count, 3)), "amplitudes": rng.normal(2, 1, count)}
+
+
+def test_numbers_widths_and_amplitudes_of_gaussians_are_logged_with_quantiles_and_histograms(tmp_path):
+    mixtures = {"full": mixture(200), "half_a": mixture(100, 1), "half_b": mixture(90, 2)}
+    with Monitor(tmp_path, 20) as monitor:
+        monitor.mixtures(10, mixtures)
+    found = events(tmp_path)
+    numbers = {tag: found.Scalars(tag)[0].value for tag in found.Tags()["scalars"]}
+    assert {name: numbers[f"gaussians/number_{name}"] for name in mixtures} == {
+        "full": 200,
+        "half_a": 100,
+        "half_b": 90,
+    }
+    for share in (10, 50, 90):
+        expected = np.percentile(mixtures["full"]["scales"], share)
+        assert numbers[f"gaussians/scale_full_p{share}_A"] == pytest.approx(expected, rel=1e-6)
+        expected = np.percentile(mixtures["full"]["amplitudes"], share)
+        assert numbers[f"gaussians/amplitude_full_p{share}"] == pytest.approx(expected, rel=1e-6)
+    assert sorted(found.Tags()["histograms"]) == sorted(
+        [*(f"gaussians/scale_{name}_A" for name in mixtures), *(f"gaussians/amplitude_{name}" for name in mixtures)]
+    )
+    histogram = found.Histograms("gaussians/scale_half_b_A")[0].histogram_value
+    assert histogram.num == 270 and 1 <= histogram.min < histogram.max <= 3
+
+
+def test_memory_is_logged_of_every_rank(tmp_path):
+    with Monitor(tmp_path, 20) as monitor:
+        monitor.rank_memory(10, [{"cpu_max_rss": 1.5}, {"cpu_max_rss": 2.5, "gpu_max_reserved": 8.0}])
+    found = events(tmp_path)
+    values = {tag: found.Scalars(tag)[0].value for tag in found.Tags()["scalars"]}
+    assert values == {
+        "memory/rank_0_cpu_max_rss_GiB": 1.5,
+        "memory/rank_1_cpu_max_rss_GiB": 2.5,
+        "memory/rank_1_gpu_max_reserved_GiB": 8.0,
+    }
+
+
+def everything_logged(run_dir, **how):
+    with Monitor(run_dir, 20, **how) as monitor:
+        log_step(monitor, 10)
+        log_evaluation(monitor, 10)
+        monitor.mixtures(10, {"full": mixture(20)})
+        monitor.rank_memory(10, [{"cpu_max_rss": 1.5}])
+        monitor.holdout(10, 1, {"images": 5, "gain_full": 1.0, "trained_full": 2.0, "gain_half_a": 0.5})
+        monitor.volume_fit(GAINS)
+
+
+def test_every_number_has_its_meaning_and_a_chart_and_none_a_bracket(tmp_path):
+    everything_logged(tmp_path)
+    found = [events(tmp_path), EventAccumulator(str(tmp_path / "tensorboard/volume_fit")).Reload()]
+    (config,) = found[0].Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
+    patterns = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    for part in found:
+        for tag in part.Tags()["scalars"]:
+            assert part.SummaryMetadata(tag).summary_description == DESCRIPTIONS[tag.partition("/")[0]]
+            assert any(re.match(pattern, tag) for pattern in patterns), tag
+            assert "(" not in tag
+    tags = [tag for part in found for tag in part.Tags()["scalars"]]
+    assert all(any(re.match(pattern, tag) for tag in tags) for pattern in patterns)
+
+
+def test_a_resumed_run_has_one_layout(tmp_path):
+    run(tmp_path, [10])
+    run(tmp_path, [20], start_step=10, resumed=True)
+    assert len(events(tmp_path).Tensors("custom_scalars__config__")) == 1
+
+
+# The bound on the event files
+
+
+def log_files(run_dir):
+    return sum(path.stat().st_size for path in (run_dir / "tensorboard").rglob("events*"))
+
+
+def test_pictures_come_at_steps_ever_further_apart_and_at_the_end(tmp_path):
+    with Monitor(tmp_path, 100) as monitor:
+        for step in range(10, 101, 10):
+            log_evaluation(monitor, step, names_of_maps=("map",))
+    shown = [event.step for event in events(tmp_path).Images("map/sections")]
+    assert shown == [10, 20, 30, 40, 60, 90, 100]
+    assert len(events(tmp_path).Scalars("resolution/truth_0.5_A")) == 10
+
+
+def test_event_files_stay_below_their_bound_however_long_a_run_is(tmp_path, monkeypatch):
+    """At a sixteenth of the size, which the rows of this run would fill twice over."""
+    monkeypatch.setattr(eventlog, "BYTES", 3e6)
+    monkeypatch.setattr(eventlog, "LOOK_EVERY", 50)
+    monkeypatch.setattr(eventlog, "FLUSH_SECONDS", 0.05)
+    total, every = 60_000, 4
+    with Monitor(tmp_path, total) as monitor:
+        for step in range(every, total + 1, every):
+            log_step(monitor, step)
+            if step % 6000 == 0:
+                log_evaluation(monitor, step, names_of_maps=("map",))
+    assert 1.8e6 < log_files(tmp_path) < 3e6
+    found = events(tmp_path)
+    steps = [event.step for event in found.Scalars("loss/full")]
+    # All of the first, fewer later, and the last.
+    assert steps[:300] == list(range(every, 301 * every, every))
+    assert steps[-1] == total and len(steps) < 0.6 * total / every and max(np.diff(steps)) > every
+    assert found.Images("map/sections")[-1].step == total
+    assert len(read_metrics(tmp_path / "metrics.csv")["step"]) == total / every
+
+
+def test_a_resumed_run_counts_what_is_there_already(tmp_path, monkeypatch):
+    with Monitor(tmp_path, 1000) as monitor:
+        log_evaluation(monitor, 10)
+    monkeypatch.setattr(eventlog, "BYTES", log_files(tmp_path))
+    with Monitor(tmp_path, 1000, start_step=10, resumed=True) as monitor:
+        log_evaluation(monitor, 500)
+        log_evaluation(monitor, 1000)
+    assert [event.step for event in events(tmp_path).Images("map/sections")] == [10, 1000]
+
+
+def test_pictures_are_handed_back_whether_they_were_due_or_not(tmp_path):
+    with Monitor(tmp_path, 100) as monitor:
+        pictures = [log_evaluation(monitor, step) for step in (50, 51)]
+    assert [event.step for event in events(tmp_path).Images("fsc/curves")] == [50]
+    for drawn in pictures:
+        assert {"fsc/curves", "map/sections", "map/projections"} <= set(drawn)
+        assert all(pixels.dtype == np.uint8 and pixels.ndim == 3 for pixels in drawn.values())
 
 
 # The fit in the volume

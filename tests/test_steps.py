@@ -174,7 +174,7 @@ def test_memory_that_runs_out_elsewhere_stops_the_run_with_words_too(stack, tmp_
     def refuse(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
 
-    monkeypatch.setattr("cryosplat.train.linear_half", refuse)
+    monkeypatch.setattr("cryosplat.preparation.linear_half", refuse)
     with pytest.raises(
         InputError, match=r"rank 0: out of GPU memory\. .*\(CUDA out of memory\. Tried.* 2\.00 GiB\.\)$"
     ):

@@ -119,8 +119,9 @@ def test_a_run_from_one_unit_is_that_of_the_expanded_set(stack_of, c7, tmp_path)
         file.voxel_size = PIXEL_SIZE_A
     rotations = (table.rotations[:, None] @ group).reshape(-1, 3, 3)
     shifts, half = np.repeat(table.shifts, 7, 0), np.repeat(table.half, 7)
+    names = stackfiles.image_names("expanded.mrcs", range(len(rotations)))
     poses_and_ctf = rotations, shifts, np.repeat(table.ctf, 7, 0), half
-    stackfiles.write_star(folder / "expanded.star", "expanded.mrcs", *poses_and_ctf, BOX, PIXEL_SIZE_A)
+    stackfiles.write_star(folder / "expanded.star", names, *poses_and_ctf, BOX, PIXEL_SIZE_A)
     expanded = fitted(folder, tmp_path / "run", *OWN, "data.particles=expanded.star")
     sphere = spherical_mask(BOX)
     for name in ("half_a", "half_b"):

@@ -51,7 +51,7 @@ def noisy_half_b(stack, tmp_path_factory):
 def small_disks(tmp_path_factory):
     """Two folders on file systems of some kilobytes; none without the right to mount."""
     folders = []
-    for kilobytes in (20, 300) if os.geteuid() == 0 else ():
+    for kilobytes in (32, 312) if os.geteuid() == 0 else ():
         folder = tmp_path_factory.mktemp("disk")
         command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
         if subprocess.run(command, capture_output=True).returncode == 0:

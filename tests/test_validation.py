@@ -2,11 +2,9 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import training_set
@@ -93,28 +91,8 @@ def test_an_overfitted_run_is_caught_by_images_it_has_not_seen(source, here, tmp
     assert found["numbers"]["half_a"]["trained"] > found["numbers"]["half_a"]["held_out"]
 
 
-def leaked(stack, folder, share=0.25):
-    """A copy of a stack in which that share of half b are images of half a, with other grey levels, and their poses."""
-    images = len(training_set.halves(stack))
-    of_a = np.arange(0, images, 2)[: int(share * images / 2)]
-    rows = np.arange(images)
-    rows[of_a + 1] = of_a
-
-    def copy(pixels):
-        pixels = pixels[rows]
-        pixels[of_a + 1] = 3 * pixels[of_a + 1] + 2
-        return pixels
-
-    training_set.altered(stack, folder, copy)
-    rotations, shifts = pickle.loads((folder / "poses.pkl").read_bytes())
-    (folder / "poses.pkl").write_bytes(pickle.dumps((rotations[rows], shifts[rows])))
-    ctf = pickle.loads((folder / "ctf.pkl").read_bytes())
-    (folder / "ctf.pkl").write_bytes(pickle.dumps(ctf[rows]))
-    return folder, len(of_a)
-
-
 def test_halves_that_share_images_under_other_names_are_caught(honest_stack, here, tmp_path):
-    stack, copies = leaked(honest_stack, tmp_path / "stack")
+    stack, copies = training_set.leaked(honest_stack, tmp_path / "stack")
     run_dir = training_set.trained(stack, tmp_path / "run", *HONEST)
     assert json.loads((run_dir / "summary.json").read_text())["images_in_both_halves"] == copies
     assert cli.main(["validate", str(run_dir), "--tests", "noise"]) == 1

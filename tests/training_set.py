@@ -154,6 +154,27 @@ def altered(stack: Path, folder: Path, change) -> Path:
     return folder
 
 
+def leaked(stack: Path, folder: Path, share=0.25, again=lambda images: 3 * images + 2) -> tuple[Path, int]:
+    """A copy of a stack in which that share of half b are images of half a, with other grey levels (or what ``again``
+    makes of them), and their poses; and how many they are."""
+    images = len(halves(stack))
+    of_a = np.arange(0, images, 2)[: int(share * images / 2)]
+    rows = np.arange(images)
+    rows[of_a + 1] = of_a
+
+    def copy(pixels):
+        pixels = pixels[rows]
+        pixels[of_a + 1] = again(pixels[of_a + 1])
+        return pixels
+
+    altered(stack, folder, copy)
+    rotations, shifts = pickle.loads((folder / "poses.pkl").read_bytes())
+    (folder / "poses.pkl").write_bytes(pickle.dumps((rotations[rows], shifts[rows])))
+    ctf = pickle.loads((folder / "ctf.pkl").read_bytes())
+    (folder / "ctf.pkl").write_bytes(pickle.dumps(ctf[rows]))
+    return folder, len(of_a)
+
+
 def halves(stack: Path) -> np.ndarray:
     """Half of every particle, (N,) 0 or 1, as the star file has it: the simulator deals them in turn."""
     return np.arange(len(pickle.loads((stack / "poses.pkl").read_bytes())[0])) % 2
