@@ -291,7 +291,8 @@ def literals() -> list[str]:
     for path in [*(ROOT / "cryosplat").glob("*.py"), *(ROOT / "launch").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.append(re.sub("…+", "…", "".join(parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found
