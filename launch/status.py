@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for run in [member for name in options.runs for member in members(Path(name).expanduser())]:
             print(f"{run}")
-            for name, value in [*jobs_of(run), *read_status(run).rows()]:
+            begun = read_status(run).rows() if run.is_dir() else [("state", "not begun: it has no folder yet")]
+            for name, value in [*jobs_of(run), *begun]:
                 print(f"{name:>18}  {value}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from cryosplat.exporting import star_label
 from cryosplat.listing import read_listing
 from cryosplat.scores import NUMBERS, read_scores
 from cryosplat.tablecopies import copy_cs, copy_star
+from cryosplat.unpickle import read_pickle
 
 LABELS = [star_label(name) for name in NUMBERS]
 QUICK = ("volume.steps=3", "data.check_signal=false")
@@ -119,7 +120,7 @@ def test_cryodrgn_parses_the_copy_as_it_parses_the_original(folder, export, tmp_
     path = export("star", "all.star")
     for command, out in (("parse_pose_star", "poses"), ("parse_ctf_star", "ctf")):
         ours, theirs = (
-            run_cryodrgn(command, str(star), "-o", str(tmp_path / f"{out}{number}.pkl"))
+            read_pickle(run_cryodrgn(command, str(star), "-o", str(tmp_path / f"{out}{number}.pkl")))
             for number, star in enumerate((path, folder / "particles.star"))
         )
         for one, two in zip(ours, theirs, strict=True) if out == "poses" else [(ours, theirs)]:
