@@ -9,6 +9,7 @@ import itertools
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -168,7 +169,7 @@ def _page_address(port_file: Path, process: subprocess.Popen) -> str:
 @contextlib.contextmanager
 def tensorboard(folder: Path, log: Path) -> Iterator[str]:
     """The real TensorBoard on a folder; its address."""
-    command = [shutil.which("tensorboard"), "--logdir", str(folder), "--port", "0", "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0", "--host", "127.0.0.1"]
     with open(log, "w") as output:
         process = subprocess.Popen([*command, "--load_fast=false"], stdout=output, stderr=output)
     try:
