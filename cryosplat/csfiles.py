@@ -1,6 +1,7 @@
 """The fields of cryoSPARC's .cs files: passthrough files merged by uid, and which alignment of several is meant."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +74,10 @@ def _matching(path: Path, fields: dict[str, np.ndarray], passthrough: Path) -> d
     return {name: values[order[place]] for name, values in others.items() if name not in fields}
 
 
+_CLASS_POSE = re.compile(r"alignments(_class|_class3D|3D)_(\d+|multi)/pose")
+"""Column of the poses of one class, or of all in one; others that look like one are not taken for it."""
+
+
 def _with_one_alignment(
     path: Path, fields: dict[str, np.ndarray], sources: dict[str, Path]
 ) -> tuple[dict[str, np.ndarray], dict[str, Path]]:
@@ -83,7 +88,7 @@ def _with_one_alignment(
     """
     if f"{ALIGNMENT}/pose" in fields:
         return fields, sources
-    groups = {name.removesuffix("/pose") for name in fields if name.startswith("alignments") and name.endswith("/pose")}
+    groups = {name.removesuffix("/pose") for name in fields if _CLASS_POSE.fullmatch(name)}
     single = sorted(group for group in groups if fields[f"{group}/pose"].shape[1:] == (3,))
     several = sorted(group for group in groups if fields[f"{group}/pose"].ndim == 3)
     if len(single) == 1 and not several:

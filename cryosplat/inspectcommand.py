@@ -275,7 +275,7 @@ def _memory(facts: dict) -> list[str]:
 def _time(facts: dict) -> list[str]:
     return [
         f"{_duration(facts['pass_seconds'])} for the pass over all images by one process on this machine's CPU "
-        f"(from {facts['images_probed']} images, to a factor of 2; divided among processes); then the fit in the "
+        f"(from {facts['images_probed']} images, so roughly; divided among processes); then the fit in the "
         "volume, which does not grow with their number"
     ]
 
