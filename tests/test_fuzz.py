@@ -73,6 +73,9 @@ def folder(tmp_path_factory):
     tables.write_star31(folder / "good.star")
     for name in ("particles.mrcs", "good.star", "good.cs"):
         load(folder, particles=name, poses="poses.pkl", ctf="ctf.pkl").read(np.arange(6))
+    with mrcfile.new(folder / "bytes.mrcs") as stack:  # other than float32, which cryodrgn does not read
+        stack.set_data(np.zeros((6, 8, 8), np.int8))
+    load(folder, particles="bytes.mrcs", poses="poses.pkl", ctf="ctf.pkl").read(np.arange(6))
     return folder
 
 
