@@ -197,6 +197,7 @@ def _cropped(volume: np.ndarray, box: int) -> np.ndarray:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``cryosplat compare`` takes."""
     parser.description = (
         "Set complete runs side by side: resolution, cost, settings that differ, and the FSC between their delivered "
         "maps. A resolution is that under the run's own mask."

@@ -255,6 +255,7 @@ class _Sums:
         )
 
     def add(self, ids: np.ndarray, prepared: Prepared) -> None:
+        """Count the particles ``ids`` (n,), whose n prepared images these are."""
         made, self.images = self._made, self.images + len(ids)
         made.deviation[ids], made.fingerprint[ids] = prepared.deviation, prepared.fingerprint
         for h in (0, 1):

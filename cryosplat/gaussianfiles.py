@@ -15,6 +15,7 @@ SUFFIXES = (".pdb", ".cif", ".ply", ".npz")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``cryosplat gaussians`` takes."""
     parser.description = (
         "Write the Gaussians of a run for other programs. .pdb and .cif hold pseudo-atoms in A that lie on the run's "
         "maps as they are: B factors are those of the Gaussians' widths (8 pi^2 sigma^2; anisotropic ones beside it), "

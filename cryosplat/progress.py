@@ -64,6 +64,7 @@ class Reporter:
         self._holder = asdict(Holder.this_process())
 
     def stage(self, name: str, total: int = 0, unit: str = "", first: int = 0) -> None:
+        """Begin a stage: ``total`` of ``unit`` to do (0: not known), ``first`` of them done already."""
         self._end_of_stage()
         self._stage, self._total, self._unit, self._done, self._first = name, total, unit, first, first
         self._note, self._began, self._at = "", time.time(), time.time()
@@ -76,6 +77,7 @@ class Reporter:
         self._write("running", always=True)
 
     def at(self, done: int, note: str = "") -> None:
+        """So many of the stage's units are done."""
         self._done, self._note, self._at = done, note, time.time()
         if self._bar is not None:
             self._bar.set_postfix_str(self._words(), refresh=False)
