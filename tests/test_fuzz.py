@@ -186,7 +186,8 @@ def test_a_damaged_star_file_is_refused_by_name_or_is_read_by_its_grammar(folder
     # Of a file with odd line ends or an odd row it makes another number of rows, without a word.
     if other is not None and len(other) == len(rows) and not (other == "").any(axis=None):
         SEEN["fuzz.star", "judged by starfile too"] += 1
-        assert other["rlnImageName"].tolist() == ["".join(name) for name in theirs]
+        named = [re.sub(r"""["']""", "", name) for name in other["rlnImageName"]]  # it keeps quotes inside a word
+        assert named == ["".join(name) for name in theirs]
 
 
 OF_OPTICS = {"_rlnImagePixelSize", "_rlnImageSize", "_rlnVoltage", "_rlnSphericalAberration", "_rlnAmplitudeContrast"}
